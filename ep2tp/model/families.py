@@ -1,0 +1,220 @@
+"""Model families: reads the patch files, one TOML each, that say how a family's experts are named, sized and stored.
+
+The schema below *is* the patch format; unknown keys are errors. ``docs/patches.md`` explains each key with an example.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ep2tp.errors import PatchError
+
+Role = Literal["gate", "up", "down", "gate_up"]
+ClassName = Literal["routed", "shared", "dense"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Match(_Strict):
+    """Which models a patch is for: any of these names in config.json, at the top or in its text part."""
+
+    architectures: tuple[str, ...] = Field(min_length=1)
+    model_types: tuple[str, ...] = Field(min_length=1)
+
+
+class Size(_Strict):
+    """A size of the model: ``field`` of the config, times the value of the field ``times`` where given."""
+
+    field: str
+    times: str | None = None
+
+
+class Fields(_Strict):
+    """Where config.json keeps the numbers. Absent fields of a config mean that the class does not exist."""
+
+    routed: Size
+    shared: Size | None = None
+    dense: Size | None = None
+    experts: str
+    top_k: str
+    hidden: str = "hidden_size"
+    expert_hidden: str | None = None
+
+
+class Tensors(_Strict):
+    """Names of one class's matrices.
+
+    Each name is a module path in which ``{layer}`` and ``{expert}`` stand for numbers; a tensor is named by the module
+    and a suffix of its format (``.weight``, ``_blocks``). ``gate_up`` is for matrices stored as one, in ``order``. A
+    routed name without ``{expert}`` is a fused tensor with a leading expert axis; only those may be ``transposed``.
+    """
+
+    gate: tuple[str, ...] = ()
+    up: tuple[str, ...] = ()
+    gate_up: tuple[str, ...] = ()
+    down: tuple[str, ...] = Field(min_length=1)
+    order: Literal["halves", "interleaved"] = "halves"
+    transposed: bool = False
+
+
+class TensorNames(_Strict):
+    """Names per class."""
+
+    prefixes: tuple[str, ...] = ("",)
+    routed: Tensors
+    shared: Tensors | None = None
+    dense: Tensors | None = None
+
+
+class Ledger(_Strict):
+    """Why the patch exists, where its facts come from, and when it can go."""
+
+    why: str
+    how: str
+    upstream: tuple[str, ...] = Field(min_length=1)
+    retire_when: str
+
+
+class Family(_Strict):
+    """One patch file."""
+
+    name: str
+    title: str
+    match: Match
+    fields: Fields
+    tensors: TensorNames
+    expert_parallel: str
+    hazards: tuple[str, ...] = ()
+    exact_in: Mapping[Literal["vllm", "sglang"], str] = Field(default_factory=dict)
+    checked: Mapping[Literal["vllm", "sglang"], tuple[str, ...]]
+    ledger: Ledger
+
+    def matched_by(self, config: Mapping[str, Any]) -> str | None:
+        """Why this family is the one for ``config`` (a parsed config.json), or None if it is not."""
+        for part in config_parts(config):
+            for name in part.get("architectures") or ():
+                if name in self.match.architectures:
+                    return f"architecture {name}"
+            if part.get("model_type") in self.match.model_types:
+                return f"model_type {part['model_type']}"
+        return None
+
+    @cached_property
+    def name_patterns(self) -> tuple[tuple[re.Pattern[str], ClassName, Role, bool], ...]:
+        """A pattern for each matrix name, and whether it is fused; what follows a match is the component's suffix."""
+        found: list[tuple[re.Pattern[str], ClassName, Role, bool]] = []
+        prefix = "|".join(re.escape(p) for p in self.tensors.prefixes)
+        classes: tuple[ClassName, ...] = ("routed", "shared", "dense")
+        roles: tuple[Role, ...] = ("gate_up", "gate", "up", "down")
+        for class_name in classes:
+            tensors: Tensors | None = getattr(self.tensors, class_name)
+            if tensors is None:
+                continue
+            for role in roles:
+                for name in getattr(tensors, role):
+                    body = re.escape(name).replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"\d+")
+                    is_fused = class_name == "routed" and "{expert}" not in name
+                    found.append((re.compile(rf"(?:{prefix}){body}(?=$|[._])"), class_name, role, is_fused))
+        return tuple(found)
+
+    def classify(self, tensor: str) -> Matrix | None:
+        """Which matrix a checkpoint tensor belongs to, or None for all that is not an MLP weight."""
+        for pattern, class_name, role, is_fused in self.name_patterns:
+            if found := pattern.match(tensor):
+                return Matrix(class_name, role, found.group(), tensor[found.end() :], is_fused)
+        return None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor's place.
+
+    Attributes:
+        class_name: routed, shared or dense.
+        role: which projection of the MLP.
+        module: the module that owns it.
+        suffix: what follows the module's name.
+        is_fused: whether all experts of a layer are one tensor, with the expert axis in front.
+    """
+
+    class_name: ClassName
+    role: Role
+    module: str
+    suffix: str
+    is_fused: bool
+
+
+def config_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The config and, for multimodal models, the text part of it, in which the language model's sizes are."""
+    nested = (config.get(key) for key in ("text_config", "language_config", "llm_config"))
+    return [config, *(part for part in nested if isinstance(part, Mapping))]
+
+
+def load_family(path: Path) -> Family:
+    """Read and check one patch file.
+
+    Raises:
+        PatchError: the file is not TOML, or a key is missing, unknown or of the wrong type; all of them are named.
+    """
+    try:
+        return Family.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise PatchError(f"{path}: not a TOML file: {error}") from None
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors()]
+        raise PatchError(f"{path}: does not follow the patch format:\n" + "\n".join(lines)) from None
+
+
+def load_families(selection: str = "all", folders: Iterable[Path] = ()) -> dict[str, Family]:
+    """The patches in force, by name. A user's patch replaces the built-in one of the same name.
+
+    Args:
+        selection: ``EP2TP_PATCHES``: ``all``, ``none``, ``name,name`` (only these) or ``-name,-name`` (all but these).
+        folders: the user's folders of patch files (``EP2TP_PATCH_PATH``); the first that has a name wins.
+
+    Raises:
+        PatchError: a patch file is invalid, or ``selection`` names a patch that does not exist.
+    """
+    families = dict(_built_in())
+    for folder in reversed(list(folders)):
+        for path in sorted(folder.glob("*.toml")):
+            family = load_family(path)
+            families[family.name] = family
+    return _select(families, selection)
+
+
+@lru_cache(maxsize=1)
+def _built_in() -> dict[str, Family]:
+    with resources.as_file(resources.files("ep2tp") / "patches") as folder:
+        return {path.stem: load_family(path) for path in sorted(folder.glob("*.toml"))}
+
+
+def _select(families: dict[str, Family], selection: str) -> dict[str, Family]:
+    names = [name.strip() for name in selection.split(",") if name.strip()]
+    if names in ([], ["all"]):
+        return families
+    if names == ["none"]:
+        return {}
+    removed = {name[1:] for name in names if name.startswith("-")}
+    kept = {name for name in names if not name.startswith("-") and name != "all"}
+    if unknown := (removed | kept) - set(families):
+        raise PatchError(f"EP2TP_PATCHES names {', '.join(sorted(unknown))}; there are: {', '.join(sorted(families))}")
+    return {name: f for name, f in families.items() if (not kept or name in kept) and name not in removed}
+
+
+def find_family(config: Mapping[str, Any], families: Mapping[str, Family]) -> tuple[Family, str] | None:
+    """The family that a config belongs to, with the reason; an architecture beats a model_type."""
+    reasons = [(family, why) for family in families.values() if (why := family.matched_by(config))]
+    reasons.sort(key=lambda found: not found[1].startswith("architecture"))
+    return reasons[0] if reasons else None

@@ -1,0 +1,197 @@
+"""Reads ``quantization_config``: which :class:`~ep2tp.model.formats.Format` each module of a model is stored in.
+
+The config says a default, groups of modules, and modules left unquantised; the names follow no common rule, so each
+quantisation method has its reader. A method that is not known gives no format: ep2tp then says so and leaves it alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from ep2tp.errors import ModelError
+from ep2tp.model import formats
+from ep2tp.model.formats import PLAIN, Format
+
+Config = Mapping[str, Any]
+Chooser = Callable[[str], Format | None]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The formats of one checkpoint.
+
+    Attributes:
+        method: ``quant_method`` of the config, or ``none``.
+        choose: the format of a module by its name (without ``.weight``); None where ep2tp does not know it.
+    """
+
+    method: str
+    choose: Chooser
+
+
+def read_quantization(config: Config) -> Quantization:
+    """The quantisation of a model from its config.json (or the text part of it).
+
+    Args:
+        config: the parsed config; ``quantization_config`` (or ``compression_config``) may be absent.
+
+    Raises:
+        ModelError: the quantization_config contradicts itself or lacks a size that slicing needs.
+    """
+    quant = config.get("quantization_config") or config.get("compression_config")
+    if quant is None:
+        return Quantization("none", lambda module: PLAIN)
+    method = str(quant.get("quant_method", "")).lower().replace("_", "-")
+    reader = _READERS.get(method)
+    if reader is None:
+        return Quantization(method or "unknown", lambda module: None)
+    return Quantization(method, reader(quant, config))
+
+
+def _fp8(quant: Config, config: Config) -> Chooser:
+    block = quant.get("weight_block_size")
+    stored = formats.fp8_tensor() if block is None else formats.fp8_block(*_two_sizes(block))
+    skipped = _names(quant, "modules_to_not_convert", "ignored_layers")
+    # DeepSeek-V4 keeps its routed experts in MXFP4 under quant_method fp8.
+    routed = formats.mxfp4() if config.get("expert_dtype") == "fp4" else stored
+
+    def choose(module: str) -> Format:
+        if _is_listed(module, skipped):
+            return PLAIN
+        return routed if ".experts." in module else stored
+
+    return choose
+
+
+def _compressed_tensors(quant: Config, config: Config) -> Chooser:
+    groups = [
+        (tuple(group.get("targets") or ()), _compressed_group(name, group, quant))
+        for name, group in (quant.get("config_groups") or {}).items()
+    ]
+    ignored = tuple(quant.get("ignore") or ())
+
+    def choose(module: str) -> Format | None:
+        if any(_matches_target(module, target) for target in ignored):
+            return PLAIN
+        for targets, stored in groups:
+            if "Linear" in targets or any(_matches_target(module, target) for target in targets):
+                return stored
+        return PLAIN
+
+    return choose
+
+
+def _compressed_group(name: str, group: Config, quant: Config) -> Format | None:
+    weights = group.get("weights")
+    if not weights:
+        return PLAIN
+    bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
+    packing = str(group.get("format") or quant.get("format") or "")
+    size = weights.get("group_size")
+    if kind == "float" and bits == 4:
+        return formats.mxfp4() if "mxfp4" in packing or size == 32 else formats.nvfp4()
+    if kind == "float" and bits == 8:
+        if strategy == "block":
+            return formats.fp8_block(*_two_sizes(weights.get("block_structure")))
+        if strategy == "group" and size == 32:
+            return formats.mxfp8()
+        return {"channel": formats.fp8_channel(), "tensor": formats.fp8_tensor()}.get(str(strategy))
+    if kind == "int" and packing == "pack-quantized" and bits in (4, 8):
+        if strategy != "group" or not isinstance(size, int) or size < 1:
+            raise ModelError(
+                f"quantization_config.config_groups.{name}.weights: strategy={strategy!r}, group_size={size!r}; "
+                "ep2tp slices packed integers with strategy 'group' and a positive group_size"
+            )
+        if not weights.get("symmetric", True):
+            return None
+        return formats.int_packed(bits, size)
+    return None
+
+
+def _modelopt(quant: Config, config: Config) -> Chooser:
+    quant = quant.get("quantization", quant)
+    algorithm = str(quant.get("quant_algo", "")).upper()
+    stored = {
+        "NVFP4": formats.nvfp4(),
+        "FP8": formats.fp8_tensor(),
+        "FP8_PB_WO": formats.fp8_block(),
+        "MXFP8": formats.mxfp8(),
+    }.get(algorithm)
+    skipped = _names(quant, "ignore", "exclude_modules")
+
+    def choose(module: str) -> Format | None:
+        parents = _parents(module)
+        return PLAIN if any(fnmatchcase(part, skip) for skip in skipped for part in parents) else stored
+
+    return choose
+
+
+def _mxfp4(quant: Config, config: Config) -> Chooser:
+    skipped = _names(quant, "modules_to_not_convert")
+    stored = formats.mxfp4()
+    return lambda module: stored if ".experts" in module and not _is_listed(module, skipped) else PLAIN
+
+
+def _awq(quant: Config, config: Config) -> Chooser:
+    stored = formats.awq(_positive(quant, "bits", "w_bit"), _positive(quant, "group_size", "q_group_size"))
+    skipped = _names(quant, "modules_to_not_convert")
+    return lambda module: PLAIN if _is_listed(module, skipped) else stored
+
+
+def _gptq(quant: Config, config: Config) -> Chooser:
+    if quant.get("desc_act"):
+        raise ModelError(
+            "quantization_config.desc_act=true: activation order scatters each group over all columns, so no contiguous "
+            "slice keeps a group whole; use a checkpoint with desc_act=false"
+        )
+    stored = formats.gptq(_positive(quant, "bits"), _positive(quant, "group_size"))
+    skipped = _names(quant, "modules_to_not_convert")
+    return lambda module: PLAIN if _is_listed(module, skipped) else stored
+
+
+_READERS: dict[str, Callable[[Config, Config], Chooser]] = {
+    "fp8": _fp8,
+    "deepseek-v4-fp8": _fp8,
+    "compressed-tensors": _compressed_tensors,
+    "modelopt": _modelopt,
+    "modelopt-fp4": _modelopt,
+    "mxfp4": _mxfp4,
+    "awq": _awq,
+    "gptq": _gptq,
+}
+
+
+def _two_sizes(block: Any) -> tuple[int, int]:
+    if not isinstance(block, Sequence) or len(block) != 2 or not all(isinstance(b, int) and b > 0 for b in block):
+        raise ModelError(f"quantization_config: block size {block!r}; expected two positive integers [rows, columns]")
+    return block[0], block[1]
+
+
+def _positive(quant: Config, *names: str) -> int:
+    value = next((quant[name] for name in names if name in quant), None)
+    if not isinstance(value, int) or value < 1:
+        raise ModelError(f"quantization_config.{names[0]}={value!r}: expected a positive integer")
+    return value
+
+
+def _names(quant: Config, *keys: str) -> tuple[str, ...]:
+    return tuple(name for key in keys for name in (quant.get(key) or ()))
+
+
+def _parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _is_listed(module: str, names: tuple[str, ...]) -> bool:
+    """Whether a skip list names the module, a parent of it, or a part of its path."""
+    return any(f".{name}." in f".{module}." for name in names)
+
+
+def _matches_target(module: str, target: str) -> bool:
+    """compressed-tensors' rule: ``re:`` is a regular expression from the start, anything else the exact name."""
+    return bool(re.match(target[3:], module)) if target.startswith("re:") else module == target

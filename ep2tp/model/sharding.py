@@ -1,0 +1,205 @@
+"""From a model's facts to the plan for its weights: which config fields grow, and what becomes of each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ep2tp.errors import CheckpointError, ModelError
+from ep2tp.layout.shard import Cut
+from ep2tp.layout.split import Split, least_padded
+from ep2tp.model.facts import ModelFacts, TensorClass
+from ep2tp.model.families import ClassName, Matrix, Tensors
+from ep2tp.model.formats import FLOAT_DTYPES, PLAIN, Component, Dim, Fill, Format
+
+_ELEMENT = {
+    "F32": b"\x00\x00\x80\x3f",
+    "BF16": b"\x80\x3f",
+    "F16": b"\x00\x3c",
+    "F8_E4M3": b"\x38",
+    "F8_E8M0": b"\x7f",
+    "U8": b"\x7f",
+}
+_BYTES = {"F32": 4, "I32": 4, "I64": 8, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1}
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What becomes of one checkpoint tensor.
+
+    Attributes:
+        matrix: the matrix that it belongs to.
+        component: which of the matrix's stored tensors it is.
+        format: how the matrix is stored.
+        cut: the sliced axis, or None for a tensor that every rank holds whole.
+    """
+
+    matrix: Matrix
+    component: Component
+    format: Format
+    cut: Cut | None
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the tensor changes when the plan's padding is applied."""
+        return self.cut is not None and not self.cut.split.is_exact
+
+    def fill(self, dtype: str) -> bytes:
+        """One element of padding in safetensors dtype ``dtype``, little-endian."""
+        kind = self.component.fill
+        if kind is Fill.ONE:
+            return _ELEMENT[dtype]
+        pattern = {Fill.INT4_ZERO: b"\x88", Fill.INT8_ZERO: b"\x80", Fill.GPTQ_ZERO: b"\x11"}.get(kind, b"\x00")
+        return pattern * _BYTES[dtype]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """How one model's MLP weights are sliced over ``ranks`` ranks.
+
+    Attributes:
+        facts: the model.
+        ranks: tensor-parallel size.
+        splits: for each class of weights, its split in logical values.
+        fields: config fields whose value grows: (before, after).
+        left_to_engine: for each class that does not divide but that the engine handles exactly, how it does.
+    """
+
+    facts: ModelFacts
+    ranks: int
+    splits: Mapping[ClassName, Split]
+    fields: Mapping[str, tuple[int, int]]
+    left_to_engine: Mapping[ClassName, str]
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any class is padded."""
+        return bool(self.fields)
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: str) -> TensorPlan | None:
+        """What becomes of one checkpoint tensor; None for all that is not an MLP weight.
+
+        Args:
+            name: the tensor's name in the checkpoint.
+            shape: its stored shape.
+            dtype: its safetensors dtype, such as ``F8_E4M3``.
+
+        Raises:
+            CheckpointError: the tensor does not fit the config: its number of axes, a size, or its dtype.
+        """
+        matrix = self.facts.family.classify(name)
+        if matrix is None or matrix.class_name not in self.splits:
+            return None
+        stored = self._format(matrix, dtype)
+        if stored is None:
+            return None
+        if reason := stored.refused.get(matrix.suffix):
+            raise CheckpointError(f"{name}: {matrix.suffix[1:]}: {reason}; ep2tp cannot slice this checkpoint")
+        component = stored.component(matrix.suffix)
+        if component is None:
+            return None
+        if dtype not in component.dtypes:
+            raise CheckpointError(
+                f"{name}: dtype {dtype}; {stored.name} stores {matrix.suffix or 'the weights'} as "
+                f"{' or '.join(component.dtypes)}; does quantization_config describe this checkpoint?"
+            )
+        return TensorPlan(matrix, component, stored, self._cut(name, shape, matrix, component, stored))
+
+    def _format(self, matrix: Matrix, dtype: str) -> Format | None:
+        # A module that the config calls quantised may still be stored unquantised: MTP layers of NVFP4 checkpoints are.
+        if matrix.suffix in (".weight", "", ".bias", "_bias") and dtype in FLOAT_DTYPES:
+            return PLAIN
+        return self.facts.quantization.choose(matrix.module)
+
+    def _cut(
+        self, name: str, shape: tuple[int, ...], matrix: Matrix, component: Component, stored: Format
+    ) -> Cut | None:
+        if component.is_replicated:
+            return None
+        tensors: Tensors = getattr(self.facts.family.tensors, matrix.class_name)
+        leading = 1 if matrix.is_fused else 0
+        if len(shape) != component.ndim + leading:
+            raise CheckpointError(
+                f"{name}: shape {list(shape)} has {len(shape)} axes; {stored.name} of {self.facts.source} "
+                f"needs {component.ndim + leading}; the tensor does not match its config"
+            )
+        rows, cols = component.rows, component.cols
+        if tensors.transposed and matrix.is_fused and component.ndim == 2 and rows and cols:
+            rows, cols = Dim(cols.axis, rows.per), Dim(rows.axis, cols.per)
+        split = self.splits[matrix.class_name]
+        sliced, other = (cols, rows) if matrix.role == "down" else (rows, cols)
+        if other is not None:
+            hidden = self.facts.expert_hidden if matrix.class_name == "routed" else self.facts.hidden
+            self._check(name, shape, other, other.stored(hidden), f"hidden size {hidden}", stored)
+        if sliced is None:
+            return None
+        axis = len(shape) + sliced.axis
+        parts, times = 1, 1
+        if matrix.role == "gate_up":
+            parts, times = (2, 1) if tensors.order == "halves" else (1, 2)
+        in_elements = Split(times * sliced.stored(split.size), times * sliced.stored(split.padded), self.ranks)
+        cut = Cut(axis, in_elements, parts)
+        what = f"{self.facts.tensor_class(matrix.class_name).field}={split.size}"  # type: ignore[union-attr]
+        self._check(name, shape, sliced, cut.size, what, stored)
+        return cut
+
+    def _check(
+        self, name: str, shape: tuple[int, ...], dim: Dim, expected: int, what: str, stored: Format
+    ) -> None:
+        if shape[dim.axis] != expected:
+            raise CheckpointError(
+                f"{name}: shape {list(shape)}; {what} in {stored.name} ({dim.per} values an element) needs "
+                f"{expected} on axis {len(shape) + dim.axis}; the tensor does not match its config"
+            )
+
+
+def plan_shards(
+    facts: ModelFacts, ranks: int, left_to_engine: Mapping[ClassName, str] | None = None
+) -> ShardPlan:
+    """Plan the slices of every class with the least padding for equal slices of whole blocks.
+
+    Classes that share a config field (routed and shared experts of DeepSeek) are solved together.
+
+    Args:
+        facts: the model.
+        ranks: tensor-parallel size.
+        left_to_engine: classes whose split the engine handles exactly although it does not divide, and how. They are
+            left alone unless another class changes their config field.
+
+    Raises:
+        ModelError: a class that does not divide is stored in a format that ep2tp does not know.
+    """
+    handled = dict(left_to_engine or {})
+    splits: dict[ClassName, Split] = {}
+    fields: dict[str, tuple[int, int]] = {}
+    for field in dict.fromkeys(c.field for c in facts.classes):
+        classes = [c for c in facts.classes if c.field == field]
+        before = classes[0].size // classes[0].times
+        after = _padded_field(facts, before, ranks, classes, handled)
+        if after != before:
+            fields[field] = (before, after)
+        for c in classes:
+            if after != before:
+                handled.pop(c.name, None)
+                splits[c.name] = Split(c.size, after * c.times, ranks)
+            elif c.name not in handled:
+                splits[c.name] = Split(c.size, c.size, ranks)
+    return ShardPlan(facts, ranks, splits, fields, handled)
+
+
+def _padded_field(
+    facts: ModelFacts, size: int, ranks: int, classes: list[TensorClass], handled: Mapping[ClassName, str]
+) -> int:
+    if ranks == 1:  # nothing is cut, so a last, partly filled block is no trouble
+        return size
+    needs = [(c.times, c.block if c.is_known else 1) for c in classes if c.name not in handled]
+    if least_padded(size, ranks, needs) == size:
+        return size
+    for c in classes:
+        if not c.is_known:
+            raise ModelError(
+                f"{facts.source}: {c.field}={size} does not divide into whole blocks over {ranks} ranks, and the "
+                f"{c.name} experts are stored by quantisation method {facts.quantization.method!r}, which ep2tp cannot "
+                "pad; use a tensor-parallel size that divides it"
+            )
+    return least_padded(size, ranks, [(c.times, c.padded_block) for c in classes])
