@@ -36,7 +36,9 @@ class Split:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.padded < self.size or self.padded % self.ranks:
-            raise ValueError(f"padded={self.padded}: must be a multiple of ranks={self.ranks}, at least size={self.size}")
+            raise ValueError(
+                f"padded={self.padded}: must be a multiple of ranks={self.ranks}, at least size={self.size}"
+            )
 
     @classmethod
     def of_blocks(cls, size: int, block: int, ranks: int) -> Split:

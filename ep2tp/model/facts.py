@@ -73,6 +73,7 @@ class ModelFacts:
         config: the parsed config.json.
         hidden: hidden size; ``expert_hidden``: that of the routed experts, where it differs (latent MoE).
         heads: attention heads. kv_heads: key-value heads, or None under multi-head latent attention (MLA).
+        vocabulary: tokens, or None where config.json does not say.
         experts, top_k: routed experts of a layer, and those that a token uses.
         classes: the classes of MLP weights that the model has.
         quantization: the format of every module.
@@ -87,6 +88,7 @@ class ModelFacts:
     layers: int
     heads: int
     kv_heads: int | None
+    vocabulary: int | None
     experts: int
     top_k: int
     classes: tuple[TensorClass, ...]
@@ -130,7 +132,7 @@ def read_facts(config: Mapping[str, Any], family: Family, matched_by: str, sourc
     part = _part_with(config, fields.routed.field, family, source)
     reader = _Reader(part, source)
     quantization = read_quantization(config if "quantization_config" in config else part)
-    layers = reader.positive("num_hidden_layers")
+    layers = reader.positive(fields.layers)
     hidden = reader.positive(fields.hidden)
     sizes: list[tuple[ClassName, Size | None, Tensors | None]] = [
         ("routed", fields.routed, family.tensors.routed),
@@ -139,27 +141,25 @@ def read_facts(config: Mapping[str, Any], family: Family, matched_by: str, sourc
     ]
     classes = []
     for name, size, tensors in sizes:
-        if size is None or tensors is None:
+        if size is None or tensors is None or not reader.has_class(size):
             continue
-        value = part.get(size.field) or 0
-        times = 1 if size.times is None else part.get(size.times) or 0
-        if not value or not times:
-            continue
-        value, times = reader.positive(size.field), times if size.times is None else reader.positive(size.times)
+        times = reader.positive(size.times) if size.times else 1
+        value = reader.positive(size.field) * times
         found = _formats(family, tensors, quantization, layers)
-        classes.append(TensorClass(name, size.field, times, value * times, found))
+        classes.append(TensorClass(name, reader.name(size.field), times, value, found))
     uses_mla = bool(part.get("kv_lora_rank"))
-    kv_heads = None if uses_mla else part.get("num_key_value_heads")
+    kv_heads = None if uses_mla else reader.value(fields.kv_heads)
     return ModelFacts(
         source=source,
         family=family,
         matched_by=matched_by,
         config=config,
         hidden=hidden,
-        expert_hidden=part.get(fields.expert_hidden or "") or hidden,
+        expert_hidden=reader.value(fields.expert_hidden or ()) or hidden,
         layers=layers,
-        heads=reader.positive("num_attention_heads"),
+        heads=reader.positive(("num_attention_heads",)),
         kv_heads=kv_heads,
+        vocabulary=part.get("vocab_size"),
         experts=reader.positive(fields.experts),
         top_k=reader.positive(fields.top_k),
         classes=tuple(classes),
@@ -167,11 +167,15 @@ def read_facts(config: Mapping[str, Any], family: Family, matched_by: str, sourc
     )
 
 
-def _part_with(config: Mapping[str, Any], field: str, family: Family, source: str) -> Mapping[str, Any]:
-    for part in reversed(config_parts(config)):
-        if part.get(field) is not None:
+def _part_with(config: Mapping[str, Any], names: tuple[str, ...], family: Family, source: str) -> Mapping[str, Any]:
+    parts: list[Mapping[str, Any]] = config_parts(config)
+    for part in reversed(parts):
+        if any(part.get(name) is not None for name in names):
             return part
-    raise ModelError(f"{source}: config.json has no {field!r}, which patch {family.name!r} reads; is it the right patch?")
+    wanted = " or ".join(map(repr, names))
+    raise ModelError(
+        f"{source}: config.json has no {wanted}, which patch {family.name!r} reads; is it the right patch?"
+    )
 
 
 def _formats(family: Family, tensors: Tensors, quantization: Quantization, layers: int) -> tuple[Format | None, ...]:
@@ -192,8 +196,21 @@ class _Reader:
     config: Mapping[str, Any]
     source: str
 
-    def positive(self, field: str) -> int:
-        value = self.config.get(field)
+    def name(self, names: tuple[str, ...]) -> str:
+        """The first of a field's names that the config has."""
+        return next((name for name in names if self.config.get(name) is not None), names[0])
+
+    def value(self, names: tuple[str, ...]) -> Any:
+        return self.config.get(self.name(names)) if names else None
+
+    def has_class(self, size: Size) -> bool:
+        needed = (size.field, size.times, size.only_if)
+        return all(self.value(names) for names in needed if names is not None)
+
+    def positive(self, names: tuple[str, ...]) -> int:
+        value = self.value(names)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"{self.source}: config.json has {field}={value!r}; expected a positive integer")
+            raise ModelError(
+                f"{self.source}: config.json has {self.name(names)}={value!r}; expected a positive integer"
+            )
         return value

@@ -12,14 +12,22 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ep2tp.errors import PatchError
 
 Role = Literal["gate", "up", "down", "gate_up"]
 ClassName = Literal["routed", "shared", "dense"]
+
+
+def _as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+FieldName = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+"""A field of config.json: its name, or a list of its names, of which a config's first one counts."""
 
 
 class _Strict(BaseModel):
@@ -34,10 +42,14 @@ class Match(_Strict):
 
 
 class Size(_Strict):
-    """A size of the model: ``field`` of the config, times the value of the field ``times`` where given."""
+    """A size of the model: ``field`` of the config, times the value of the field ``times`` where given.
 
-    field: str
-    times: str | None = None
+    Where ``only_if`` names a field, the class exists only in models that have it, and not as 0, false or an empty list.
+    """
+
+    field: FieldName
+    times: FieldName | None = None
+    only_if: FieldName | None = None
 
 
 class Fields(_Strict):
@@ -46,10 +58,12 @@ class Fields(_Strict):
     routed: Size
     shared: Size | None = None
     dense: Size | None = None
-    experts: str
-    top_k: str
-    hidden: str = "hidden_size"
-    expert_hidden: str | None = None
+    experts: FieldName
+    top_k: FieldName
+    hidden: FieldName = ("hidden_size",)
+    expert_hidden: FieldName | None = None
+    layers: FieldName = ("num_hidden_layers",)
+    kv_heads: FieldName = ("num_key_value_heads",)
 
 
 class Tensors(_Strict):
@@ -57,7 +71,8 @@ class Tensors(_Strict):
 
     Each name is a module path in which ``{layer}`` and ``{expert}`` stand for numbers; a tensor is named by the module
     and a suffix of its format (``.weight``, ``_blocks``). ``gate_up`` is for matrices stored as one, in ``order``. A
-    routed name without ``{expert}`` is a fused tensor with a leading expert axis; only those may be ``transposed``.
+    routed name without ``{expert}`` is a fused tensor with a leading expert axis. ``transposed`` lists the suffixes of
+    fused tensors that are stored [expert, input, output] (``""`` is the bare parameter).
     """
 
     gate: tuple[str, ...] = ()
@@ -65,7 +80,7 @@ class Tensors(_Strict):
     gate_up: tuple[str, ...] = ()
     down: tuple[str, ...] = Field(min_length=1)
     order: Literal["halves", "interleaved"] = "halves"
-    transposed: bool = False
+    transposed: tuple[str, ...] = ()
 
 
 class TensorNames(_Strict):
@@ -96,19 +111,9 @@ class Family(_Strict):
     tensors: TensorNames
     expert_parallel: str
     hazards: tuple[str, ...] = ()
-    exact_in: Mapping[Literal["vllm", "sglang"], str] = Field(default_factory=dict)
+    exact_in: Mapping[Literal["vllm", "sglang"], Mapping[ClassName, str]] = Field(default_factory=dict)
     checked: Mapping[Literal["vllm", "sglang"], tuple[str, ...]]
     ledger: Ledger
-
-    def matched_by(self, config: Mapping[str, Any]) -> str | None:
-        """Why this family is the one for ``config`` (a parsed config.json), or None if it is not."""
-        for part in config_parts(config):
-            for name in part.get("architectures") or ():
-                if name in self.match.architectures:
-                    return f"architecture {name}"
-            if part.get("model_type") in self.match.model_types:
-                return f"model_type {part['model_type']}"
-        return None
 
     @cached_property
     def name_patterns(self) -> tuple[tuple[re.Pattern[str], ClassName, Role, bool], ...]:
@@ -157,7 +162,7 @@ class Matrix:
 
 def config_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The config and, for multimodal models, the text part of it, in which the language model's sizes are."""
-    nested = (config.get(key) for key in ("text_config", "language_config", "llm_config"))
+    nested = [config.get(key) for key in ("text_config", "language_config", "llm_config")]
     return [config, *(part for part in nested if isinstance(part, Mapping))]
 
 
@@ -214,7 +219,17 @@ def _select(families: dict[str, Family], selection: str) -> dict[str, Family]:
 
 
 def find_family(config: Mapping[str, Any], families: Mapping[str, Family]) -> tuple[Family, str] | None:
-    """The family that a config belongs to, with the reason; an architecture beats a model_type."""
-    reasons = [(family, why) for family in families.values() if (why := family.matched_by(config))]
-    reasons.sort(key=lambda found: not found[1].startswith("architecture"))
-    return reasons[0] if reasons else None
+    """The family that a config belongs to, with the reason.
+
+    The top of the config beats its text part, and model_type beats architecture: Kimi-K2 says ``kimi_k2`` and
+    DeepSeek-V3's architecture, Kimi-K2.5 says so in its text part.
+    """
+    for part in config_parts(config):
+        for family in families.values():
+            if part.get("model_type") in family.match.model_types:
+                return family, f"model_type {part['model_type']}"
+        for family in families.values():
+            for name in part.get("architectures") or ():
+                if name in family.match.architectures:
+                    return family, f"architecture {name}"
+    return None

@@ -142,9 +142,12 @@ def fp8_block(rows: int = 128, cols: int = 128) -> Format:
             Component(".weight_scale_inv", **scale),  # type: ignore[arg-type]
             Component(".weight_scale", **scale),  # type: ignore[arg-type]
             Component(".scale", **scale),  # type: ignore[arg-type]
+            Component("", ROWS, COLS, ("F8_E4M3",)),
+            Component("_scale_inv", **scale),  # type: ignore[arg-type]
+            Component("_weight_scale", **scale),  # type: ignore[arg-type]
             *_BIASES,
         ),
-        required=(".weight_scale_inv", ".weight_scale", ".scale"),
+        required=(".weight_scale_inv", ".weight_scale", ".scale", "_scale_inv", "_weight_scale"),
     )
 
 

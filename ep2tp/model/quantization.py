@@ -56,8 +56,10 @@ def _fp8(quant: Config, config: Config) -> Chooser:
     block = quant.get("weight_block_size")
     stored = formats.fp8_tensor() if block is None else formats.fp8_block(*_two_sizes(block))
     skipped = _names(quant, "modules_to_not_convert", "ignored_layers")
-    # DeepSeek-V4 keeps its routed experts in MXFP4 under quant_method fp8.
-    routed = formats.mxfp4() if config.get("expert_dtype") == "fp4" else stored
+    # DeepSeek-V4 and V4.1 keep their routed experts in MXFP4 under quant_method fp8, also where they do not say so.
+    default = "fp4" if str(config.get("model_type", "")).startswith("deepseek_v4") else "fp8"
+    expert_dtype = config.get("expert_dtype") or quant.get("expert_dtype") or default
+    routed = formats.mxfp4() if expert_dtype == "fp4" else stored
 
     def choose(module: str) -> Format:
         if _is_listed(module, skipped):
@@ -145,8 +147,8 @@ def _awq(quant: Config, config: Config) -> Chooser:
 def _gptq(quant: Config, config: Config) -> Chooser:
     if quant.get("desc_act"):
         raise ModelError(
-            "quantization_config.desc_act=true: activation order scatters each group over all columns, so no contiguous "
-            "slice keeps a group whole; use a checkpoint with desc_act=false"
+            "quantization_config.desc_act=true: activation order scatters each group over all columns, so no "
+            "contiguous slice keeps a group whole; use a checkpoint with desc_act=false"
         )
     stored = formats.gptq(_positive(quant, "bits"), _positive(quant, "group_size"))
     skipped = _names(quant, "modules_to_not_convert")

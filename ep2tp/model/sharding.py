@@ -31,17 +31,19 @@ class TensorPlan:
         matrix: the matrix that it belongs to.
         component: which of the matrix's stored tensors it is.
         format: how the matrix is stored.
+        split: the split of the class's intermediate dimension, in logical values.
         cut: the sliced axis, or None for a tensor that every rank holds whole.
     """
 
     matrix: Matrix
     component: Component
     format: Format
+    split: Split
     cut: Cut | None
 
     @property
     def is_padded(self) -> bool:
-        """Whether the tensor changes when the plan's padding is applied."""
+        """Whether the tensor grows when the plan's padding is applied."""
         return self.cut is not None and not self.cut.split.is_exact
 
     def fill(self, dtype: str) -> bytes:
@@ -97,13 +99,19 @@ class ShardPlan:
             raise CheckpointError(f"{name}: {matrix.suffix[1:]}: {reason}; ep2tp cannot slice this checkpoint")
         component = stored.component(matrix.suffix)
         if component is None:
-            return None
+            if self.splits[matrix.class_name].is_exact:
+                return None
+            raise CheckpointError(
+                f"{name}: {stored.name} has no tensor {matrix.suffix!r} that ep2tp knows of, and the "
+                f"{matrix.class_name} experts have to be padded; ep2tp cannot tell how to pad this one"
+            )
         if dtype not in component.dtypes:
             raise CheckpointError(
                 f"{name}: dtype {dtype}; {stored.name} stores {matrix.suffix or 'the weights'} as "
                 f"{' or '.join(component.dtypes)}; does quantization_config describe this checkpoint?"
             )
-        return TensorPlan(matrix, component, stored, self._cut(name, shape, matrix, component, stored))
+        cut = self._cut(name, shape, matrix, component, stored)
+        return TensorPlan(matrix, component, stored, self.splits[matrix.class_name], cut)
 
     def _format(self, matrix: Matrix, dtype: str) -> Format | None:
         # A module that the config calls quantised may still be stored unquantised: MTP layers of NVFP4 checkpoints are.
@@ -124,7 +132,7 @@ class ShardPlan:
                 f"needs {component.ndim + leading}; the tensor does not match its config"
             )
         rows, cols = component.rows, component.cols
-        if tensors.transposed and matrix.is_fused and component.ndim == 2 and rows and cols:
+        if matrix.is_fused and matrix.suffix in tensors.transposed and rows and cols:
             rows, cols = Dim(cols.axis, rows.per), Dim(rows.axis, cols.per)
         split = self.splits[matrix.class_name]
         sliced, other = (cols, rows) if matrix.role == "down" else (rows, cols)
@@ -143,9 +151,7 @@ class ShardPlan:
         self._check(name, shape, sliced, cut.size, what, stored)
         return cut
 
-    def _check(
-        self, name: str, shape: tuple[int, ...], dim: Dim, expected: int, what: str, stored: Format
-    ) -> None:
+    def _check(self, name: str, shape: tuple[int, ...], dim: Dim, expected: int, what: str, stored: Format) -> None:
         if shape[dim.axis] != expected:
             raise CheckpointError(
                 f"{name}: shape {list(shape)}; {what} in {stored.name} ({dim.per} values an element) needs "
@@ -153,9 +159,7 @@ class ShardPlan:
             )
 
 
-def plan_shards(
-    facts: ModelFacts, ranks: int, left_to_engine: Mapping[ClassName, str] | None = None
-) -> ShardPlan:
+def plan_shards(facts: ModelFacts, ranks: int, left_to_engine: Mapping[ClassName, str] | None = None) -> ShardPlan:
     """Plan the slices of every class with the least padding for equal slices of whole blocks.
 
     Classes that share a config field (routed and shared experts of DeepSeek) are solved together.

@@ -1,0 +1,32 @@
+"""Whether a launch is rewritten, and why: the same for every engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ep2tp.planner.topology import links_of_job
+from ep2tp.rewrite.parallel_plan import Setting
+from ep2tp.settings import Mode
+
+
+@dataclass(frozen=True)
+class Decision:
+    """``rewrite`` or not, and the reason in words."""
+
+    rewrite: bool
+    why: str
+
+
+def decide(mode: Mode, trigger: Setting | None, gpus: int) -> Decision:
+    """Decide for a launch that asks for expert parallelism by ``trigger`` (None: it does not) on ``gpus`` GPUs."""
+    if trigger is None:
+        return Decision(False, "the launch does not ask for expert parallelism")
+    asked = f"{trigger.flags[0]} on {gpus} GPU{'s' if gpus > 1 else ''}"
+    if mode is Mode.OFF:
+        return Decision(False, f"{asked}; EP2TP=off")
+    if gpus == 1:
+        return Decision(False, f"{asked}: one GPU holds every expert whole either way")
+    if mode is Mode.ON:
+        return Decision(True, f"{asked}; EP2TP=on")
+    links = links_of_job(gpus)
+    return Decision(not links.all_nvlink, f"{asked}; EP2TP=auto and {links.why}")

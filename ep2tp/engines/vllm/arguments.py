@@ -1,0 +1,112 @@
+"""vLLM's launch settings that are bound to expert parallelism, and what a tensor-parallel launch does with each.
+
+Checked against ``EngineArgs`` of vLLM 0.25.1, 0.28.0, 0.32.0 and 0.33.0. This module imports no engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ep2tp.rewrite.parallel_plan import Change, LaunchRules, Setting
+
+_EP_FLAG = Setting(
+    "enable_expert_parallel",
+    ("--enable-expert-parallel", "-ep"),
+    "every rank holds a slice of every expert",
+    takes_value=False,
+)
+_EP_ONLY_BACKEND = Setting(
+    "moe_backend",
+    ("--moe-backend",),
+    "this backend runs under expert parallelism only",
+    only=frozenset(
+        {
+            "aiter_mega_moe",
+            "deep_gemm_mega_moe",
+            "flashinfer_moe_ep_cutedsl",
+            "flashinfer_moe_ep_mega_deep_gemm",
+        }
+    ),
+)
+_PER_RANK = "starts every data-parallel rank by itself; tensor parallelism is one launch over all GPUs."
+
+RULES = LaunchRules(
+    engine="vllm",
+    tensor_parallel=Setting("tensor_parallel_size", ("--tensor-parallel-size", "-tp"), ""),
+    data_parallel=Setting("data_parallel_size", ("--data-parallel-size", "-dp"), "folded into tensor parallelism"),
+    dp_multiplies=True,
+    pipeline_parallel=Setting("pipeline_parallel_size", ("--pipeline-parallel-size", "-pp"), ""),
+    triggers=(_EP_FLAG, _EP_ONLY_BACKEND),
+    resets=(
+        _EP_FLAG,
+        _EP_ONLY_BACKEND,
+        Setting(
+            "all2all_backend", ("--all2all-backend",), "tokens are not dispatched: one all_reduce ends a MoE layer"
+        ),
+        Setting("enable_eplb", ("--enable-eplb",), "no rank has busier experts than another", takes_value=False),
+        Setting("eplb_config", ("--eplb-config",), "balances whole experts (redundant experts, too)"),
+        Setting("enable_elastic_ep", ("--enable-elastic-ep",), "moves whole experts between ranks", takes_value=False),
+        Setting("elastic_ep_max_dp_size", ("--elastic-ep-max-dp-size",), "moves whole experts between ranks"),
+        Setting(
+            "enable_ep_weight_filter",
+            ("--enable-ep-weight-filter",),
+            "would skip the weights of experts held by other ranks",
+            takes_value=False,
+        ),
+        Setting("expert_placement_strategy", ("--expert-placement-strategy",), "places whole experts"),
+        Setting("enable_dbo", ("--enable-dbo",), "hides an all_to_all that is gone", takes_value=False),
+        Setting("ubatch_size", ("--ubatch-size",), "hides an all_to_all that is gone"),
+        Setting("data_parallel_size_local", ("--data-parallel-size-local", "-dpl"), "no data-parallel ranks are left"),
+        Setting("data_parallel_backend", ("--data-parallel-backend", "-dpb"), "no data-parallel ranks are left"),
+        Setting("data_parallel_address", ("--data-parallel-address", "-dpa"), "no data-parallel ranks are left"),
+        Setting("data_parallel_rpc_port", ("--data-parallel-rpc-port", "-dpp"), "no data-parallel ranks are left"),
+    ),
+    one_process_per_rank=(
+        Setting("data_parallel_rank", ("--data-parallel-rank", "-dpn"), _PER_RANK),
+        Setting("data_parallel_start_rank", ("--data-parallel-start-rank", "-dpr"), _PER_RANK),
+        Setting("data_parallel_external_lb", ("--data-parallel-external-lb", "-dpe"), _PER_RANK, takes_value=False),
+        Setting("data_parallel_hybrid_lb", ("--data-parallel-hybrid-lb", "-dph"), _PER_RANK, takes_value=False),
+        Setting(
+            "data_parallel_multi_port_external_lb",
+            ("--data-parallel-multi-port-external-lb", "-dpm"),
+            _PER_RANK,
+            takes_value=False,
+        ),
+    ),
+)
+
+
+def given_values(arguments: Any, defaults: Any) -> dict[str, Any]:
+    """The settings of :data:`RULES` whose value differs from the engine's default.
+
+    Args:
+        arguments: an ``EngineArgs``, or the ``argparse.Namespace`` of ``vllm serve``.
+        defaults: the ``EngineArgs`` class.
+    """
+    given = {}
+    for setting in RULES.settings:
+        if hasattr(arguments, setting.field):
+            value = getattr(arguments, setting.field)
+            if value is not None and value != default_of(defaults, setting.field):
+                given[setting.field] = value
+    return given
+
+
+def default_of(defaults: Any, name: str) -> Any:
+    """The default of a dataclass field; None for a field that this version does not have."""
+    field = next((f for f in dataclasses.fields(defaults) if f.name == name), None)
+    if field is None:
+        return None
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def apply(changes: list[Change], arguments: Any, defaults: Any) -> None:
+    """Write the changes into an ``EngineArgs`` or a Namespace in place; idempotent."""
+    for change in changes:
+        field = change.setting.field
+        value = default_of(defaults, field) if change.after is None else change.after
+        setattr(arguments, field, value)
+        # Ray placed the data-parallel ranks on other nodes; now it has to place the tensor-parallel ones there.
+        if field == "data_parallel_backend" and change.before == "ray":
+            arguments.distributed_executor_backend = "ray"

@@ -1,0 +1,103 @@
+"""vLLM's entry point (group ``vllm.general_plugins``). Runs in every process of a launch, and imports nothing heavy.
+
+In the process that the user starts, two seams rewrite the launch; in the workers, one pads the weights. Everything
+that needs vLLM or torch is imported when a seam is reached, and then vLLM has long imported both.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ep2tp import __version__
+from ep2tp.engines.vllm import seams
+from ep2tp.rewrite import guard
+from ep2tp.settings import Kernel, Mode, Settings
+
+if TYPE_CHECKING:
+    from ep2tp.engines.decision import Decision
+    from ep2tp.rewrite.parallel_plan import Change
+
+logger = logging.getLogger("vllm.ep2tp")  # below "vllm", so that it follows vLLM's own log settings
+
+Wrapped = Callable[..., Any]
+Positional = tuple[Any, ...]
+Keywords = dict[str, Any]
+
+# What `vllm serve` rewrote in this process, for the report that is written once its engine config exists.
+_served: list[tuple[Decision, list[Change]]] = []
+
+
+def register() -> None:
+    """Wrap the seams. Idempotent; ``EP2TP=off`` leaves vLLM as it is.
+
+    Raises:
+        SettingError: an ``EP2TP*`` variable has an unknown value.
+    """
+    settings = Settings.from_environment()
+    if settings.mode is Mode.OFF:
+        return
+    guard.arm_if_inherited()
+    seams.SERVE.wrap(_serve)
+    seams.ENGINE_CONFIG.wrap(_create_engine_config)
+    seams.WEIGHTS.wrap(_get_all_weights)
+
+
+def _serve(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
+    """Around ``ServeSubcommand.cmd(args)``, which starts an API server per data-parallel rank."""
+    from ep2tp.engines.vllm import launch
+
+    namespace = args[0] if args else kwargs["args"]
+    if getattr(namespace, "model_tag", None) is not None:
+        namespace.model = namespace.model_tag
+    _served.append(launch.rewrite(namespace, Settings.from_environment()))
+    return wrapped(*args, **kwargs)
+
+
+def _create_engine_config(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
+    """Around ``EngineArgs.create_engine_config``, before which no worker exists."""
+    from ep2tp.engines.vllm import launch
+
+    settings = Settings.from_environment()
+    decision, changes = launch.rewrite(instance, settings)
+    if _served:
+        decision, changes = _served.pop()
+    vllm_config = wrapped(*args, **kwargs)
+    plan = launch.pad(vllm_config, instance, settings)
+    if _is_reporter(instance) and (plan is not None or changes):
+        _report(decision, changes, plan, settings.kernel)
+    return vllm_config
+
+
+def _get_all_weights(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
+    """Around ``DefaultModelLoader.get_all_weights(model_config, model)``, a generator."""
+    from ep2tp.engines.vllm import experts, launch
+    from ep2tp.engines.vllm.weights import padded_weights
+
+    stream = wrapped(*args, **kwargs)
+    model_config = args[0] if args else kwargs["model_config"]
+    model = args[1] if len(args) > 1 else kwargs["model"]
+    if guard.is_armed():
+        experts.audit(model)
+        for path in guard.mapped_libraries():
+            logger.warning("ep2tp: %s is mapped into this process although the launch needs no all-to-all", path)
+    plan = launch.plan_of(model_config, Settings.from_environment())
+    return stream if plan is None else padded_weights(stream, plan)
+
+
+def _is_reporter(engine_args: Any) -> bool:
+    """Whether this process speaks for the launch: the parent of several API servers, or the only process."""
+    servers, rank = getattr(engine_args, "_api_process_count", 1), getattr(engine_args, "_api_process_rank", 0)
+    return servers == 1 or rank == -1
+
+
+def _report(decision: Decision, changes: list[Change], plan: Any, kernel: Kernel) -> None:
+    from ep2tp.rewrite.report import launch_report
+
+    verb = "rewrote this launch to tensor parallelism" if changes else "left the launch's parallelism as it is"
+    title = f"ep2tp {__version__} {verb}: {decision.why}"
+    if changes or (plan is not None and (plan.is_padded or plan.left_to_engine)):
+        logger.info("%s", launch_report(title, changes, plan, f"the engine's (EP2TP_KERNEL={kernel})"))
+    else:
+        logger.info("%s; nothing to pad", title)

@@ -1,0 +1,176 @@
+"""A launch that assumes expert parallelism in, the same launch with tensor parallelism out, as a list of changes.
+
+Knows no engine: an engine describes its settings with :class:`LaunchRules` (``engines/*/arguments.py``), and hands over
+the values that differ from its defaults. The same code serves the plugins and ``ep2tp rewrite``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ep2tp.errors import LaunchError
+from ep2tp.layout.split import round_up
+
+_VOCABULARY_PADDING = 64
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of an engine that is bound to expert parallelism.
+
+    Attributes:
+        field: its name in the engine's argument object.
+        flags: its names on the command line; the first is the one to print.
+        why: why a tensor-parallel launch does without it.
+        takes_value: False for switches.
+        only: values that are bound to expert parallelism; empty for any value.
+    """
+
+    field: str
+    flags: tuple[str, ...]
+    why: str
+    takes_value: bool = True
+    only: frozenset[str] = frozenset()
+
+    def is_bound(self, values: Values) -> bool:
+        """Whether the launch sets it to something that is bound to expert parallelism."""
+        value = values.get(self.field)
+        if value is None or value is False:
+            return False
+        return not self.only or str(value).lower().replace("-", "_") in self.only
+
+
+@dataclass(frozen=True)
+class LaunchRules:
+    """How one engine names its parallelism.
+
+    Attributes:
+        engine: the engine's name.
+        tensor_parallel: the setting of the tensor-parallel size.
+        data_parallel: the setting of the data-parallel size that is folded into it.
+        dp_multiplies: whether GPUs = TP x DP (vLLM); else TP counts all GPUs already (SGLang's DP attention).
+        pipeline_parallel: the setting of the number of pipeline stages.
+        triggers: settings that mean a launch assumes expert parallelism.
+        resets: settings to put back to their defaults, triggers included.
+        one_process_per_rank: settings by which an operator starts every data-parallel rank on its own.
+    """
+
+    engine: str
+    tensor_parallel: Setting
+    data_parallel: Setting
+    dp_multiplies: bool
+    pipeline_parallel: Setting
+    triggers: tuple[Setting, ...]
+    resets: tuple[Setting, ...]
+    one_process_per_rank: tuple[Setting, ...] = ()
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Every setting that the rules look at."""
+        parallel = (self.tensor_parallel, self.data_parallel, self.pipeline_parallel)
+        return (*parallel, *self.resets, *self.one_process_per_rank)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One changed setting. ``after`` is None where the engine's default takes over."""
+
+    setting: Setting
+    before: Any
+    after: Any
+    why: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What of a model, apart from its MLPs, has to divide over the tensor-parallel ranks.
+
+    Attributes:
+        heads: attention heads.
+        kv_heads: key-value heads, or None under multi-head latent attention. Engines replicate them over more ranks.
+        vocabulary: tokens, or None where unknown. vLLM and SGLang round it up to a multiple of 64, then divide it.
+    """
+
+    heads: int
+    kv_heads: int | None = None
+    vocabulary: int | None = None
+
+    def allow(self, ranks: int) -> bool:
+        """Whether all of it divides over ``ranks``."""
+        if self.heads % ranks or (self.vocabulary and round_up(self.vocabulary, _VOCABULARY_PADDING) % ranks):
+            return False
+        return self.kv_heads is None or self.kv_heads % ranks == 0 or ranks % self.kv_heads == 0
+
+    def __str__(self) -> str:
+        """The numbers, for a message."""
+        kv = "" if self.kv_heads is None else f", {self.kv_heads} key-value heads"
+        tokens = (
+            "" if self.vocabulary is None else f", {round_up(self.vocabulary, _VOCABULARY_PADDING)} vocabulary rows"
+        )
+        return f"{self.heads} attention heads{kv}{tokens}"
+
+
+def assumes_expert_parallelism(rules: LaunchRules, values: Values) -> Setting | None:
+    """The setting by which a launch asks for expert parallelism, or None."""
+    return next((trigger for trigger in rules.triggers if trigger.is_bound(values)), None)
+
+
+def to_tensor_parallel(rules: LaunchRules, values: Values, limits: Limits | None = None) -> list[Change]:
+    """The changes that make a launch tensor parallel over all its GPUs; none if it does not assume EP.
+
+    Args:
+        rules: the engine's rules.
+        values: settings by field name, those that differ from the engine's defaults.
+        limits: what else of the model has to divide, where known, to check the folded size.
+
+    Raises:
+        LaunchError: the launch starts one process per data-parallel rank, or the model does not divide.
+    """
+    trigger = assumes_expert_parallelism(rules, values)
+    if trigger is None:
+        return []
+    _refuse_one_process_per_rank(rules, values)
+    changes = _fold(rules, values, limits)
+    for setting in rules.resets:
+        if setting.is_bound(values):
+            changes.append(Change(setting, values[setting.field], None, setting.why))
+    return changes
+
+
+def _fold(rules: LaunchRules, values: Values, limits: Limits | None) -> list[Change]:
+    tp, dp = int(values.get(rules.tensor_parallel.field, 1)), int(values.get(rules.data_parallel.field, 1))
+    ranks = tp * dp if rules.dp_multiplies else tp
+    if limits is not None and not limits.allow(ranks):
+        raise LaunchError(_limits_message(rules, values, limits, ranks))
+    if dp == 1:
+        return []
+    changes = [Change(rules.data_parallel, dp, None, rules.data_parallel.why)]
+    if ranks != tp:
+        changes.insert(0, Change(rules.tensor_parallel, tp, ranks, f"TP {tp} x DP {dp} = TP {ranks}: same GPUs"))
+    return changes
+
+
+def _limits_message(rules: LaunchRules, values: Values, limits: Limits, ranks: int) -> str:
+    fitting = [n for n in range(1, ranks + 1) if limits.allow(n)]
+    best = max(n for n in fitting if ranks % n == 0)
+    stages = ranks // best * int(values.get(rules.pipeline_parallel.field, 1))
+    tp_flag, pp_flag = rules.tensor_parallel.flags[0], rules.pipeline_parallel.flags[0]
+    return (
+        f"{limits} do not all divide over {ranks} tensor-parallel ranks. Sizes up to {ranks} that work: "
+        f"{', '.join(map(str, fitting))}. On these GPUs: {tp_flag} {best} {pp_flag} {stages}, without "
+        f"{rules.data_parallel.flags[0]}"
+    )
+
+
+def _refuse_one_process_per_rank(rules: LaunchRules, values: Values) -> None:
+    for setting in rules.one_process_per_rank:
+        if setting.is_bound(values):
+            tp, dp = (values.get(s.field, 1) for s in (rules.tensor_parallel, rules.data_parallel))
+            raise LaunchError(
+                f"{setting.flags[0]} {values[setting.field]}: {setting.why} Start one launch with "
+                f"{rules.tensor_parallel.flags[0]} {int(tp) * int(dp)} instead (or EP2TP=off)"
+            )
