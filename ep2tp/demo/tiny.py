@@ -106,7 +106,7 @@ class TinyModel:
             }
         deepseek = {
             "n_routed_experts": self.experts,
-            "n_shared_experts": self.shared_experts or None,
+            "n_shared_experts": self.shared_experts,
             "first_k_dense_replace": self.dense_layers,
             "num_nextn_predict_layers": 0,
             **_DEEPSEEK_ROUTING,
@@ -190,5 +190,5 @@ class TinyModel:
             return
         for expert in range(self.experts):
             yield f"experts.{expert}.", self.expert_size
-        if self.shared_experts and self.family != "qwen3_moe":
+        if self.family != "qwen3_moe":
             yield "shared_experts.", self.expert_size * self.shared_experts

@@ -168,14 +168,13 @@ def read_facts(config: Mapping[str, Any], family: Family, matched_by: str, sourc
 
 
 def _part_with(config: Mapping[str, Any], names: tuple[str, ...], family: Family, source: str) -> Mapping[str, Any]:
-    parts: list[Mapping[str, Any]] = config_parts(config)
-    for part in reversed(parts):
-        if any(part.get(name) is not None for name in names):
-            return part
-    wanted = " or ".join(map(repr, names))
-    raise ModelError(
-        f"{source}: config.json has no {wanted}, which patch {family.name!r} reads; is it the right patch?"
-    )
+    fitting = [part for part in config_parts(config) if any(part.get(name) is not None for name in names)]
+    if not fitting:
+        wanted = " or ".join(map(repr, names))
+        raise ModelError(
+            f"{source}: config.json has no {wanted}, which patch {family.name!r} reads; is it the right patch?"
+        )
+    return fitting[-1]
 
 
 def _formats(family: Family, tensors: Tensors, quantization: Quantization, layers: int) -> tuple[Format | None, ...]:

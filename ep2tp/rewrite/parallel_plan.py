@@ -28,6 +28,8 @@ class Setting:
         why: why a tensor-parallel launch does without it.
         takes_value: False for switches.
         only: values that are bound to expert parallelism; empty for any value.
+        neutral: values that mean "not used".
+        only_with: a field without which this setting means something else and is left alone.
     """
 
     field: str
@@ -35,13 +37,16 @@ class Setting:
     why: str
     takes_value: bool = True
     only: frozenset[str] = frozenset()
+    neutral: frozenset[str] = frozenset()
+    only_with: str = ""
 
     def is_bound(self, values: Values) -> bool:
         """Whether the launch sets it to something that is bound to expert parallelism."""
         value = values.get(self.field)
-        if value is None or value is False:
+        if value is None or value is False or (self.only_with and not values.get(self.only_with)):
             return False
-        return not self.only or str(value).lower().replace("-", "_") in self.only
+        name = str(value).lower().replace("-", "_")
+        return name not in self.neutral and (not self.only or name in self.only)
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,8 @@ class LaunchRules:
     Attributes:
         engine: the engine's name.
         tensor_parallel: the setting of the tensor-parallel size.
-        data_parallel: the setting of the data-parallel size that is folded into it.
-        dp_multiplies: whether GPUs = TP x DP (vLLM); else TP counts all GPUs already (SGLang's DP attention).
+        data_parallel: the setting of a data-parallel size that multiplies it, and is folded into it (vLLM); None where
+            the tensor-parallel size counts all GPUs already (SGLang).
         pipeline_parallel: the setting of the number of pipeline stages.
         triggers: settings that mean a launch assumes expert parallelism.
         resets: settings to put back to their defaults, triggers included.
@@ -61,8 +66,7 @@ class LaunchRules:
 
     engine: str
     tensor_parallel: Setting
-    data_parallel: Setting
-    dp_multiplies: bool
+    data_parallel: Setting | None
     pipeline_parallel: Setting
     triggers: tuple[Setting, ...]
     resets: tuple[Setting, ...]
@@ -71,8 +75,15 @@ class LaunchRules:
     @property
     def settings(self) -> tuple[Setting, ...]:
         """Every setting that the rules look at."""
-        parallel = (self.tensor_parallel, self.data_parallel, self.pipeline_parallel)
-        return (*parallel, *self.resets, *self.one_process_per_rank)
+        sizes = (self.tensor_parallel, self.data_parallel, self.pipeline_parallel)
+        return (*(s for s in sizes if s is not None), *self.resets, *self.one_process_per_rank)
+
+    def gpus(self, values: Values) -> int:
+        """GPUs that the tensor-parallel ranks of a rewritten launch use, of one pipeline stage."""
+        tensor_parallel = int(values.get(self.tensor_parallel.field) or 1)
+        if self.data_parallel is None:
+            return tensor_parallel
+        return tensor_parallel * int(values.get(self.data_parallel.field) or 1)
 
 
 @dataclass(frozen=True)
@@ -142,16 +153,16 @@ def to_tensor_parallel(rules: LaunchRules, values: Values, limits: Limits | None
 
 
 def _fold(rules: LaunchRules, values: Values, limits: Limits | None) -> list[Change]:
-    tp, dp = int(values.get(rules.tensor_parallel.field, 1)), int(values.get(rules.data_parallel.field, 1))
-    ranks = tp * dp if rules.dp_multiplies else tp
-    if limits is not None and not limits.allow(ranks):
-        raise LaunchError(_limits_message(rules, values, limits, ranks))
-    if dp == 1:
+    before, after = int(values.get(rules.tensor_parallel.field) or 1), rules.gpus(values)
+    if limits is not None and not limits.allow(after):
+        raise LaunchError(_limits_message(rules, values, limits, after))
+    if rules.data_parallel is None or before == after:
         return []
-    changes = [Change(rules.data_parallel, dp, None, rules.data_parallel.why)]
-    if ranks != tp:
-        changes.insert(0, Change(rules.tensor_parallel, tp, ranks, f"TP {tp} x DP {dp} = TP {ranks}: same GPUs"))
-    return changes
+    folded = after // before
+    return [
+        Change(rules.tensor_parallel, before, after, f"TP {before} x DP {folded} = TP {after}: same GPUs"),
+        Change(rules.data_parallel, folded, None, rules.data_parallel.why),
+    ]
 
 
 def _limits_message(rules: LaunchRules, values: Values, limits: Limits, ranks: int) -> str:
@@ -159,18 +170,18 @@ def _limits_message(rules: LaunchRules, values: Values, limits: Limits, ranks: i
     best = max(n for n in fitting if ranks % n == 0)
     stages = ranks // best * int(values.get(rules.pipeline_parallel.field, 1))
     tp_flag, pp_flag = rules.tensor_parallel.flags[0], rules.pipeline_parallel.flags[0]
+    without = f", without {rules.data_parallel.flags[0]}" if rules.data_parallel else ""
     return (
         f"{limits} do not all divide over {ranks} tensor-parallel ranks. Sizes up to {ranks} that work: "
-        f"{', '.join(map(str, fitting))}. On these GPUs: {tp_flag} {best} {pp_flag} {stages}, without "
-        f"{rules.data_parallel.flags[0]}"
+        f"{', '.join(map(str, fitting))}. On these GPUs: {tp_flag} {best} {pp_flag} {stages}{without}"
     )
 
 
 def _refuse_one_process_per_rank(rules: LaunchRules, values: Values) -> None:
     for setting in rules.one_process_per_rank:
         if setting.is_bound(values):
-            tp, dp = (values.get(s.field, 1) for s in (rules.tensor_parallel, rules.data_parallel))
+            shown = f"{setting.flags[0]} {values[setting.field]}" if setting.takes_value else setting.flags[0]
             raise LaunchError(
-                f"{setting.flags[0]} {values[setting.field]}: {setting.why} Start one launch with "
-                f"{rules.tensor_parallel.flags[0]} {int(tp) * int(dp)} instead (or EP2TP=off)"
+                f"{shown}: {setting.why} Start one launch with {rules.tensor_parallel.flags[0]} {rules.gpus(values)} "
+                "instead, or run this one as given with EP2TP=off"
             )

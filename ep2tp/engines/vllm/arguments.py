@@ -35,7 +35,6 @@ RULES = LaunchRules(
     engine="vllm",
     tensor_parallel=Setting("tensor_parallel_size", ("--tensor-parallel-size", "-tp"), ""),
     data_parallel=Setting("data_parallel_size", ("--data-parallel-size", "-dp"), "folded into tensor parallelism"),
-    dp_multiplies=True,
     pipeline_parallel=Setting("pipeline_parallel_size", ("--pipeline-parallel-size", "-pp"), ""),
     triggers=(_EP_FLAG, _EP_ONLY_BACKEND),
     resets=(

@@ -12,9 +12,10 @@ from ep2tp.engines import seams as engine_seams
 from ep2tp.engines.decision import Decision, decide
 from ep2tp.engines.vllm import arguments as vllm_arguments
 from ep2tp.engines.vllm import experts, seams
-from ep2tp.errors import LaunchError, ModelError, PatchError, SeamError
-from ep2tp.model.facts import ModelFacts, is_moe, read_facts
-from ep2tp.model.families import ClassName, Family, find_family, load_families
+from ep2tp.errors import LaunchError, ModelError, SeamError
+from ep2tp.model.facts import is_moe, read_facts
+from ep2tp.model.families import ClassName, find_family, load_families
+from ep2tp.model.locate import facts_of
 from ep2tp.model.sharding import ShardPlan, plan_shards
 from ep2tp.rewrite import guard
 from ep2tp.rewrite.parallel_plan import Change, Limits, assumes_expert_parallelism, to_tensor_parallel
@@ -50,7 +51,7 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
             f"VLLM_DP_SIZE={os.environ['VLLM_DP_SIZE']} starts one process per data-parallel rank; tensor parallelism "
             "is one launch over all GPUs. Unset it and start once with the product as --tensor-parallel-size"
         )
-    facts = _facts(config, arguments.model, settings)
+    facts = facts_of(config, arguments.model, load_families(settings.patches, settings.patch_path))
     changes = to_tensor_parallel(vllm_arguments.RULES, values, Limits(facts.heads, facts.kv_heads, facts.vocabulary))
     vllm_arguments.apply(changes, arguments, EngineArgs)
     guard.arm()
@@ -74,10 +75,10 @@ def pad(vllm_config: Any, arguments: Any, settings: Settings) -> ShardPlan | Non
         return None
     if "quantization_config" not in config and (quant := getattr(model_config.hf_config, "quantization_config", None)):
         config["quantization_config"] = quant  # vLLM reads it from hf_quant_config.json
-    family = _family(config, settings)
-    if family is None:
+    families = load_families(settings.patches, settings.patch_path)
+    if find_family(config, families) is None:
         return None
-    facts = read_facts(config, family[0], family[1], str(arguments.model))
+    facts = facts_of(config, str(arguments.model), families)
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
     if parallel.enable_expert_parallel:
@@ -140,21 +141,6 @@ def _gpus(arguments: Any) -> int:
     for size in sizes:
         gpus *= getattr(arguments, size, None) or 1
     return gpus
-
-
-def _family(config: Mapping[str, Any], settings: Settings) -> tuple[Family, str] | None:
-    return find_family(config, load_families(settings.patches, settings.patch_path))
-
-
-def _facts(config: Mapping[str, Any], source: str, settings: Settings) -> ModelFacts:
-    family = _family(config, settings)
-    if family is None:
-        raise PatchError(
-            f"{source}: no patch matches architectures {config.get('architectures')}, model_type "
-            f"{config.get('model_type')!r} (EP2TP_PATCHES={settings.patches}), so its expert weights could not be "
-            "checked. Write a patch and name its folder in EP2TP_PATCH_PATH, or run the launch as given with EP2TP=off"
-        )
-    return read_facts(config, family[0], family[1], source)
 
 
 def _refuse_unpaddable(plan: ShardPlan, vllm_config: Any, settings: Settings) -> None:

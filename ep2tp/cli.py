@@ -1,0 +1,79 @@
+"""The command line. Each command imports what it needs when it runs, so that ``ep2tp --help`` is quick."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import click
+
+from ep2tp import __version__
+from ep2tp.errors import Ep2tpError
+
+
+class _Group(click.Group):
+    """Shows ep2tp's own errors as one line, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except Ep2tpError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ep2tp")
+def main() -> None:
+    """Run expert-parallel MoE recipes with tensor parallelism only.
+
+    Installed beside vLLM, ep2tp needs no command: a launch that assumes expert parallelism runs as tensor parallel.
+    EP2TP=auto|on|off says when. These commands show what it does, without an engine.
+    """
+
+
+@main.command()
+@click.option("--model", metavar="MODEL", help="Folder, config.json, or hub id in the local cache.")
+@click.option("--tp", type=click.IntRange(1), help="With --model: show the slices over this many ranks.")
+def patches(model: str | None, tp: int | None) -> None:
+    """List the model families that ep2tp knows, whom each patch matches, and why."""
+    from ep2tp.model.families import load_families
+    from ep2tp.rewrite import listing
+    from ep2tp.settings import Settings
+
+    settings = Settings.from_environment()
+    families = load_families(settings.patches, settings.patch_path)
+    if model is None:
+        listing.print_families(families)
+    else:
+        listing.print_model(model, families, tp)
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
+def rewrite(command: tuple[str, ...]) -> None:
+    """Print the tensor-parallel launch that COMMAND amounts to; nothing is started.
+
+    \b
+    ep2tp rewrite -- vllm serve MODEL --data-parallel-size 4 --enable-expert-parallel
+    """
+    from ep2tp.rewrite import listing
+    from ep2tp.rewrite.command import model_of, rewrite_command
+    from ep2tp.rewrite.parallel_plan import Limits
+
+    facts, why_no_facts = listing.facts_for(model_of(command))
+    limits = Limits(facts.heads, facts.kv_heads, facts.vocabulary) if facts else None
+    rewritten = rewrite_command(command, limits)
+    click.echo(shlex.join(rewritten.words))
+    listing.print_changes(rewritten.changes, facts, why_no_facts, rewritten.gpus)
+
+
+@main.command()
+@click.option("--tp", type=click.IntRange(2, 3), default=2, show_default=True, help="Ranks of the rewritten launch.")
+@click.option("--keep", type=click.Path(file_okay=False), help="Folder for the tiny checkpoint and the logs.")
+def demo(tp: int, keep: str | None) -> None:
+    """Run a tiny DeepSeek-V3 in vLLM on this CPU: one rank, expert parallel, and rewritten to tensor parallel."""
+    from pathlib import Path
+
+    from ep2tp.demo.run import run_demo
+
+    sys.exit(run_demo(tp, Path(keep) if keep else None))

@@ -1,0 +1,98 @@
+"""What ``ep2tp patches`` and ``ep2tp rewrite`` print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ep2tp.errors import Ep2tpError
+from ep2tp.model.facts import ModelFacts
+from ep2tp.model.families import Family, load_families
+from ep2tp.model.locate import find_facts
+from ep2tp.model.sharding import plan_shards
+from ep2tp.rewrite.parallel_plan import Change
+from ep2tp.rewrite.report import change_rows, padding_rows
+from ep2tp.settings import Settings
+
+
+def print_families(families: Mapping[str, Family]) -> None:
+    """A table of the patches in force."""
+    table = _table("patch", "models", "matches", "vLLM versions checked")
+    for name, family in families.items():
+        matches = ", ".join((*family.match.model_types, *family.match.architectures))
+        table.add_row(name, family.title, matches, ", ".join(family.checked.get("vllm", ())) or "none")
+    Console().print(table)
+
+
+def print_model(model: str, families: Mapping[str, Family], ranks: int | None) -> None:
+    """Which patch a model gets and why, how its MLPs are stored, and with ``ranks`` how they are sliced.
+
+    Raises:
+        ModelError, PatchError: the model cannot be read, or no patch matches.
+    """
+    facts = find_facts(model, families)
+    console = Console()
+    console.print(f"{model}: patch [bold]{facts.family.name}[/] ({facts.family.title}), by {facts.matched_by}")
+    console.print(
+        f"{facts.experts} experts, top {facts.top_k}; expert parallelism: {facts.family.expert_parallel.strip()}"
+    )
+    for hazard in facts.family.hazards:
+        console.print(f"- {hazard}")
+    console.print(_class_table(facts, ranks))
+    if ranks is not None:
+        plan = plan_shards(facts, ranks)
+        rows = padding_rows(plan)
+        for row in rows:
+            console.print("padded: " + "  ".join(row))
+        if not rows:
+            console.print(f"{ranks} ranks: slices are whole blocks as they are, nothing to pad")
+
+
+def print_changes(changes: Sequence[Change], facts: ModelFacts | None, why_no_facts: str, ranks: int) -> None:
+    """The reason for each change of a command, and whether its model can do without the plugin at ``ranks``."""
+    console = Console(stderr=True)
+    if not changes:
+        console.print("The command does not ask for expert parallelism; nothing changed.")
+        return
+    table = _table("setting", "before", "after", "why")
+    for row in change_rows(changes):
+        table.add_row(*row)
+    console.print(table)
+    if facts is None:
+        console.print(f"Whether the model divides over {ranks} ranks was not checked: {why_no_facts}")
+    elif plan_shards(facts, ranks).is_padded:
+        console.print(
+            f"{facts.source} does not divide into whole blocks over {ranks} ranks. The plugin pads it; without the "
+            f"plugin only an engine that handles this shape itself can load it (ep2tp patches --model ... --tp {ranks})"
+        )
+
+
+def facts_for(model: str | None) -> tuple[ModelFacts | None, str]:
+    """The facts of the model that a command serves, where its config is on this machine; else None, and why."""
+    if model is None:
+        return None, "the command names no model"
+    settings = Settings.from_environment()
+    try:
+        return find_facts(model, load_families(settings.patches, settings.patch_path)), ""
+    except Ep2tpError as error:
+        return None, str(error)
+
+
+def _class_table(facts: ModelFacts, ranks: int | None) -> Table:
+    table = _table("weights", "config field", "size", "format", "block", *([f"a rank of {ranks}"] if ranks else []))
+    splits = plan_shards(facts, ranks).splits if ranks else {}
+    for c in facts.classes:
+        block = str(c.block) if c.is_known else "?"
+        share = [str(splits[c.name].per_rank)] if c.name in splits else []
+        table.add_row(c.name, c.field, str(c.size), c.format_names, block, *share)
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ep2tp.demo.tiny import TinyModel
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which :func:`tiny_model` keeps what it wrote."""
+    return tmp_path_factory.mktemp("models")
+
+
+def tiny_model(folder: Path, model: TinyModel) -> Path:
+    """Write a tiny checkpoint once per session; float32, so that the order of summation cannot change a token."""
+    target = folder / f"{model.family}-{model.expert_size}-{model.shared_experts}-{model.dense_size}-{model.heads}"
+    return target if (target / "config.json").exists() else model.write(target, "float32")

@@ -1,0 +1,98 @@
+"""Real vLLM engines on this CPU: launches that assume expert parallelism run as TP, with the tokens of one rank.
+
+Each engine takes about half a minute to start, so references are shared and every rewritten run checks all it can.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from ep2tp.demo.launch import EngineRun, run_engine  # noqa: E402
+from ep2tp.demo.tiny import TinyModel  # noqa: E402
+from tests.engines.conftest import tiny_model  # noqa: E402
+
+pytestmark = pytest.mark.engine
+
+# 75 divides by 3 and not by 2, 74 the other way round; 325 and 326 by neither 2 nor 3, or not by 3.
+MODELS = {
+    "deepseek_v3": TinyModel("deepseek_v3", expert_size=75, shared_experts=2, dense_size=325),
+    "kimi_k2": TinyModel("kimi_k2", expert_size=74, experts=12, top_k=3, dense_size=325),
+    "glm4_moe": TinyModel("glm4_moe", heads=12, kv_heads=6, expert_size=75, dense_size=325),
+    "qwen3_moe": TinyModel("qwen3_moe", heads=12, kv_heads=6, expert_size=77, top_k=3),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_models: Path) -> Callable[[str], EngineRun]:
+    """The run of a model on one rank, without ep2tp."""
+    runs: dict[str, EngineRun] = {}
+
+    def run(name: str) -> EngineRun:
+        if name not in runs:
+            runs[name] = engine_run(tiny_models, name, "off")
+            assert runs[name].result is not None, runs[name].log[-3000:]
+        return runs[name]
+
+    return run
+
+
+def engine_run(folder: Path, name: str, mode: str, **options: Any) -> EngineRun:
+    model = tiny_model(folder, MODELS[name])
+    label = re.sub(r"\W+", "-", "-".join([name, mode, *(f"{key}{value}" for key, value in options.items())]))
+    return run_engine(folder, label, {"model": str(model), "dtype": "float32", **options}, mode)
+
+
+def assert_tensor_parallel(run: EngineRun, ranks: int) -> None:
+    assert run.result is not None, run.log[-3000:]
+    counts = run.result["collectives"]
+    assert len(counts) == ranks
+    for rank in counts:
+        assert rank["layers"] > 0
+        assert rank["inside"] == {"all_reduce": rank["layers"]}
+    # Strings by which vLLM shows expert parallelism: the workers' name, and a line of the expert map.
+    assert "_EP0" not in run.log
+    assert "Expert parallelism is enabled" not in run.log
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_ep_recipe_runs_as_tp_with_the_tokens_of_one_rank(
+    name: str, ranks: int, tiny_models: Path, reference: Callable[[str], EngineRun]
+) -> None:
+    run = engine_run(tiny_models, name, "auto", tensor_parallel_size=ranks, enable_expert_parallel=True)
+    assert_tensor_parallel(run, ranks)
+    assert run.result is not None
+    assert run.result["tokens"] == reference(name).result["tokens"]  # type: ignore[index]
+    assert "rewrote this launch to tensor parallelism" in run.ep2tp_lines[0]
+
+
+def test_plain_tp_launch_with_odd_sizes_runs(tiny_models: Path, reference: Callable[[str], EngineRun]) -> None:
+    run = engine_run(tiny_models, "deepseek_v3", "auto", tensor_parallel_size=2)
+    assert_tensor_parallel(run, 2)
+    assert run.result is not None
+    assert run.result["tokens"] == reference("deepseek_v3").result["tokens"]  # type: ignore[index]
+    assert "left the launch's parallelism as it is" in run.ep2tp_lines[0]
+
+
+def test_where_all_divides_only_one_log_line_is_added(tiny_models: Path) -> None:
+    model = TinyModel("qwen3_moe", heads=12, kv_heads=6, expert_size=96).write(tiny_models / "divides", "float32")
+    engine = {"model": str(model), "dtype": "float32", "tensor_parallel_size": 2}
+    stock, beside = (run_engine(tiny_models, f"divides-{mode}", engine, mode) for mode in ("off", "auto"))
+    assert stock.result is not None
+    assert beside.result is not None
+    assert stock.result == beside.result
+    assert len(beside.ep2tp_lines) == 1
+    assert beside.ep2tp_lines[0].endswith("nothing to pad")
+    assert len(logged(beside)) == len(logged(stock)) + 1
+
+
+def logged(run: EngineRun) -> list[str]:
+    """Log lines of the process that the user starts (workers and the engine core log in no fixed order or number)."""
+    return re.findall(r"^\(MainProcess.* INFO .*", run.log, flags=re.MULTILINE)

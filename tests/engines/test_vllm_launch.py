@@ -1,0 +1,244 @@
+"""Rewrites of real ``EngineArgs`` by the installed plugin, up to the engine config that workers would get."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+vllm = pytest.importorskip("vllm")
+
+from vllm.config.parallel import EPLBConfig  # noqa: E402
+from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+
+from ep2tp.demo.tiny import TinyModel  # noqa: E402
+from ep2tp.engines.vllm import launch  # noqa: E402
+from ep2tp.errors import CheckpointError, LaunchError, ModelError, PatchError, SettingError  # noqa: E402
+from ep2tp.rewrite import guard  # noqa: E402
+from ep2tp.settings import Settings  # noqa: E402
+from tests.engines.conftest import tiny_model  # noqa: E402
+
+DIVIDES = TinyModel(expert_size=96, heads=16, experts=8, dense_size=384)
+ODD = TinyModel(expert_size=75, shared_experts=2, dense_size=325, heads=12)
+
+
+@pytest.fixture(autouse=True)
+def rewrite_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("EP2TP", "on")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+    guard.disarm()
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What ep2tp writes to vLLM's log, one entry a call."""
+    found: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("vllm.ep2tp")
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+
+
+def engine_args(model: Path, **options: Any) -> EngineArgs:
+    return EngineArgs(model=str(model), skip_tokenizer_init=True, max_model_len=64, dtype="float32", **options)
+
+
+def engine_config(model: Path, **options: Any) -> Any:
+    return engine_args(model, **options).create_engine_config()
+
+
+def test_ep_flag_is_cleared_and_dp_is_folded(tiny_models: Path) -> None:
+    config = engine_config(tiny_model(tiny_models, DIVIDES), data_parallel_size=4, enable_expert_parallel=True)
+    parallel = config.parallel_config
+    assert (parallel.tensor_parallel_size, parallel.data_parallel_size) == (4, 1)
+    assert (parallel.enable_expert_parallel, parallel.all2all_backend) == (False, "allgather_reducescatter")
+    assert parallel.world_size == 4
+
+
+def test_everything_bound_to_ep_is_reset(tiny_models: Path) -> None:
+    parallel = engine_config(
+        tiny_model(tiny_models, DIVIDES),
+        tensor_parallel_size=2,
+        data_parallel_size=2,
+        enable_expert_parallel=True,
+        all2all_backend="deepep_low_latency",
+        enable_eplb=True,
+        eplb_config=EPLBConfig(num_redundant_experts=8),
+        enable_ep_weight_filter=True,
+        expert_placement_strategy="round_robin",
+        enable_dbo=True,
+    ).parallel_config
+    assert parallel.tensor_parallel_size == 4
+    assert not any((parallel.enable_eplb, parallel.enable_ep_weight_filter, parallel.enable_dbo))
+    assert parallel.eplb_config.num_redundant_experts == 0
+    assert parallel.expert_placement_strategy == "linear"
+
+
+def test_an_ep_only_backend_is_reset(tiny_models: Path) -> None:
+    args = engine_args(tiny_model(tiny_models, DIVIDES), tensor_parallel_size=2, moe_backend="deep_gemm_mega_moe")
+    launch.rewrite(args, Settings.from_environment())
+    assert args.moe_backend == "auto"
+
+
+def test_pipeline_stages_stay(tiny_models: Path) -> None:
+    args = engine_args(
+        tiny_model(tiny_models, DIVIDES), pipeline_parallel_size=2, data_parallel_size=2, enable_expert_parallel=True
+    )
+    launch.rewrite(args, Settings.from_environment())
+    assert (args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size) == (2, 2, 1)
+
+
+def test_ray_placement_moves_to_the_tensor_parallel_ranks(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", raising=False)
+    args = engine_args(
+        tiny_model(tiny_models, DIVIDES),
+        data_parallel_size=2,
+        data_parallel_backend="ray",
+        enable_expert_parallel=True,
+    )
+    launch.rewrite(args, Settings.from_environment())
+    assert (args.data_parallel_backend, args.distributed_executor_backend) == ("mp", "ray")
+    assert os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] == "EP2TP"
+
+
+def test_multi_node_settings_stay(tiny_models: Path) -> None:
+    options: dict[str, Any] = {"nnodes": 2, "node_rank": 1, "master_addr": "10.0.0.1", "master_port": 2900}
+    args = engine_args(tiny_model(tiny_models, DIVIDES), tensor_parallel_size=4, enable_expert_parallel=True, **options)
+    launch.rewrite(args, Settings.from_environment())
+    assert args.tensor_parallel_size == 4
+    assert {name: getattr(args, name) for name in options} == options
+
+
+@pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, {"data_parallel_size": 2}])
+def test_without_ep_flags_the_parallel_config_is_the_stock_one(
+    tiny_models: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tiny_models, DIVIDES)
+    rewritten = engine_config(model, **options)
+    monkeypatch.setenv("EP2TP", "off")
+    stock = EngineArgs.create_engine_config.__wrapped__(engine_args(model, **options))
+    assert rewritten.parallel_config.compute_hash() == stock.parallel_config.compute_hash()
+    assert rewritten.model_config.hf_config.to_dict() == stock.model_config.hf_config.to_dict()
+
+
+def test_odd_sizes_grow_in_the_config(tiny_models: Path) -> None:
+    config = engine_config(tiny_model(tiny_models, ODD), tensor_parallel_size=2)
+    hf_config = config.model_config.hf_config
+    # The shared experts, 2 x 75, would need 152; as 2 x 80 they share the field of the routed experts.
+    assert (hf_config.moe_intermediate_size, hf_config.intermediate_size) == (80, 336)
+    plan = launch.plan_of(config.model_config, Settings.from_environment())
+    assert plan is not None
+    assert {name: (split.size, split.padded) for name, split in plan.splits.items()} == {
+        "routed": (75, 80),
+        "shared": (150, 160),
+        "dense": (325, 336),
+    }
+
+
+def test_user_overrides_of_the_config_are_seen(tiny_models: Path) -> None:
+    config = engine_config(
+        tiny_model(tiny_models, DIVIDES),
+        tensor_parallel_size=2,
+        hf_overrides={"intermediate_size": 325},
+        load_format="dummy",
+    )
+    assert config.model_config.hf_config.intermediate_size == 336
+
+
+def test_auto_rewrites_on_a_machine_without_nvlink(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EP2TP", "auto")
+    args = engine_args(tiny_model(tiny_models, DIVIDES), tensor_parallel_size=2, enable_expert_parallel=True)
+    decision, _ = launch.rewrite(args, Settings.from_environment())
+    assert decision.rewrite
+    assert "no NVIDIA driver answers" in decision.why
+
+
+def test_the_log_has_one_table(tiny_models: Path, messages: list[str]) -> None:
+    engine_config(tiny_model(tiny_models, ODD), data_parallel_size=2, enable_expert_parallel=True)
+    assert len(messages) == 1
+    for part in ("EP2TP=on", "patch: deepseek_v3", "--tensor-parallel-size", "+6.7% memory", "kernel: the engine's"):
+        assert part in messages[0]
+
+
+def test_the_log_has_one_line_where_nothing_changes(tiny_models: Path, messages: list[str]) -> None:
+    engine_config(tiny_model(tiny_models, DIVIDES), tensor_parallel_size=2)
+    assert len(messages) == 1
+    assert "nothing to pad" in messages[0]
+    assert "\n" not in messages[0]
+
+
+def test_a_model_without_experts_is_left_alone(tmp_path: Path) -> None:
+    dense = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1}
+    dense |= {"num_attention_heads": 4, "intermediate_size": 99, "vocab_size": 64, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(dense))
+    args = engine_args(tmp_path, data_parallel_size=2, enable_expert_parallel=True)
+    decision, changes = launch.rewrite(args, Settings.from_environment())
+    assert (decision.rewrite, changes, args.data_parallel_size) == (False, [], 2)
+    assert "no routed experts" in decision.why
+
+
+def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    config = DIVIDES.config() | {"architectures": ["NewMoeForCausalLM"], "model_type": "new_moe"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = engine_args(tmp_path, tensor_parallel_size=2, enable_expert_parallel=True)
+    with pytest.raises(PatchError, match="NewMoeForCausalLM.*EP2TP_PATCH_PATH"):
+        launch.rewrite(args, Settings.from_environment())
+
+
+def test_heads_that_do_not_divide_are_refused(tiny_models: Path) -> None:
+    with pytest.raises(LaunchError, match="16 attention heads.*Sizes up to 3 that work: 1, 2"):
+        engine_config(tiny_model(tiny_models, DIVIDES), data_parallel_size=3, enable_expert_parallel=True)
+
+
+def test_processes_started_per_rank_are_refused(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_DP_SIZE", "2")
+    with pytest.raises(LaunchError, match="VLLM_DP_SIZE=2"):
+        engine_config(tiny_model(tiny_models, DIVIDES), tensor_parallel_size=2, enable_expert_parallel=True)
+
+
+def test_load_formats_that_bypass_the_stream_are_refused_where_padding_is_needed(tiny_models: Path) -> None:
+    with pytest.raises(LaunchError, match="--load-format sharded_state bypasses"):
+        engine_config(tiny_model(tiny_models, ODD), tensor_parallel_size=2, load_format="sharded_state")
+
+
+def test_a_checkpoint_that_does_not_match_its_config_is_refused_before_workers_start(tmp_path: Path) -> None:
+    model = ODD.write(tmp_path, "float32")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 77}))
+    with pytest.raises(CheckpointError, match=r"model.safetensors.*experts.*75.*moe_intermediate_size=77"):
+        engine_config(model, tensor_parallel_size=2)
+
+
+def test_a_config_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DIVIDES.config() | {"num_experts_per_tok": 0}))
+    args = engine_args(tmp_path, tensor_parallel_size=2, enable_expert_parallel=True)
+    with pytest.raises(ModelError, match="num_experts_per_tok=0"):
+        launch.rewrite(args, Settings.from_environment())
+
+
+def test_registering_imports_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys; from ep2tp.engines.vllm.plugin import register; register(); register(); "
+        "print(sorted({'torch', 'vllm', 'transformers', 'pydantic', 'rich', 'numpy'} & set(sys.modules)))"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == "[]"
+
+
+def test_an_unknown_setting_stops_the_engine_with_the_allowed_values() -> None:
+    code = "from ep2tp.engines.vllm.plugin import register; register()"
+    env = os.environ | {"EP2TP": "maybe"}
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    assert child.returncode == 1
+    assert SettingError.__name__ in child.stderr
+    assert "auto, on, off" in child.stderr

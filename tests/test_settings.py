@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ep2tp.errors import SettingError
+from ep2tp.settings import Kernel, Mode, Settings
+
+
+def test_defaults() -> None:
+    assert Settings.from_environment({}) == Settings(Mode.AUTO, "all", (), Kernel.AUTO, False)
+
+
+def test_every_variable_is_read(tmp_path: Path) -> None:
+    settings = Settings.from_environment(
+        {
+            "EP2TP": "on",
+            "EP2TP_PATCHES": "-kimi_k2",
+            "EP2TP_PATCH_PATH": f"{tmp_path}:{tmp_path}",
+            "EP2TP_KERNEL": "engine",
+            "EP2TP_STRICT": "1",
+        }
+    )
+    assert settings == Settings(Mode.ON, "-kimi_k2", (tmp_path, tmp_path), Kernel.ENGINE, True)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "allowed"),
+    [
+        ("EP2TP", "yes", "auto, on, off"),
+        ("EP2TP_KERNEL", "triton", "auto, engine, ep2tp"),
+        ("EP2TP_STRICT", "true", "0 or 1"),
+        ("EP2TP_PATCH_PATH", "/nowhere/at/all", "not a folder"),
+    ],
+)
+def test_unknown_values_are_refused_with_the_allowed_ones(variable: str, value: str, allowed: str) -> None:
+    with pytest.raises(SettingError, match=variable) as caught:
+        Settings.from_environment({variable: value})
+    assert allowed in str(caught.value)
+    assert value in str(caught.value)
