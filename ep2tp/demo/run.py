@@ -42,7 +42,8 @@ class _Demo:
         MODEL.write(self.folder / "model", "float32")
         self.console.print(
             f"A tiny DeepSeek-V3: {MODEL.experts} experts, top {MODEL.top_k}, moe_intermediate_size "
-            f"{MODEL.expert_size}, {MODEL.shared_experts} shared experts, a dense first layer of {MODEL.dense_size}, MLA; in {self.folder}"
+            f"{MODEL.expert_size}, {MODEL.shared_experts} shared experts, a dense first layer of {MODEL.dense_size}, "
+            f"MLA; in {self.folder}"
         )
         stock_tp = {**self.engine, "tensor_parallel_size": self.ranks}
         recipe = {**stock_tp, "enable_expert_parallel": True}

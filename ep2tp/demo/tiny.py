@@ -7,7 +7,7 @@ smallest that vLLM's CPU kernels take. Needs torch and safetensors, which every 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ class TinyModel:
         expert_size: ``moe_intermediate_size``.
         shared_experts: ``n_shared_experts``; Qwen3-MoE has none.
         dense_size: ``intermediate_size`` of the dense first layer; Qwen3-MoE has none.
+        mtp_layers: multi-token-prediction layers after the last one (DeepSeek-V3's layout).
     """
 
     family: str = "deepseek_v3"
@@ -59,6 +60,7 @@ class TinyModel:
     shared_experts: int = 1
     dense_size: int = 320
     vocabulary: int = 768
+    mtp_layers: int = 0
     seed: int = 0
 
     @property
@@ -108,7 +110,7 @@ class TinyModel:
             "n_routed_experts": self.experts,
             "n_shared_experts": self.shared_experts,
             "first_k_dense_replace": self.dense_layers,
-            "num_nextn_predict_layers": 0,
+            "num_nextn_predict_layers": self.mtp_layers,
             **_DEEPSEEK_ROUTING,
         }
         if self.family == "glm4_moe":
@@ -143,8 +145,11 @@ class TinyModel:
         def matrix(rows: int, cols: int) -> torch.Tensor:
             return torch.randn(rows, cols, generator=generator) * (2.0 / cols**0.5)
 
-        yield "model.embed_tokens.weight", torch.randn(self.vocabulary, self.hidden, generator=generator)
-        for layer in range(self.layers):
+        embedding = torch.randn(self.vocabulary, self.hidden, generator=generator)
+        yield "model.embed_tokens.weight", embedding
+        for layer in range(self.layers, self.layers + self.mtp_layers):
+            yield from self._mtp(f"model.layers.{layer}", embedding, matrix)
+        for layer in range(self.layers + self.mtp_layers):
             prefix = f"model.layers.{layer}"
             yield f"{prefix}.input_layernorm.weight", torch.ones(self.hidden)
             yield f"{prefix}.post_attention_layernorm.weight", torch.ones(self.hidden)
@@ -161,6 +166,16 @@ class TinyModel:
                     yield f"{prefix}.mlp.gate.e_score_correction_bias", bias
         yield "model.norm.weight", torch.ones(self.hidden)
         yield "lm_head.weight", matrix(self.vocabulary, self.hidden)
+
+    def _mtp(self, prefix: str, embedding: torch.Tensor, matrix: Callable[[int, int], torch.Tensor]) -> Tensors:
+        """What an MTP layer has beside a decoder layer's tensors."""
+        import torch
+
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            yield f"{prefix}.{norm}.weight", torch.ones(self.hidden)
+        yield f"{prefix}.eh_proj.weight", matrix(self.hidden, 2 * self.hidden)
+        yield f"{prefix}.embed_tokens.weight", embedding.clone()
+        yield f"{prefix}.shared_head.head.weight", matrix(self.vocabulary, self.hidden)
 
     def _attention(self) -> Iterator[tuple[str, int, int]]:
         """(name, rows, columns) of the attention's tensors; no columns for vectors."""

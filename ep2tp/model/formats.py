@@ -25,7 +25,8 @@ class Fill(StrEnum):
     ONE = "one"  # 1.0 in the tensor's dtype; E8M0 exponents stored as U8 too
     INT4_ZERO = "int4-zero"  # packed with an offset of 8: zero is nibble 8
     INT8_ZERO = "int8-zero"  # packed with an offset of 128: zero is byte 128
-    GPTQ_ZERO = "gptq-zero"  # GPTQ stores zero points less one: a stored value of 1 meets a stored zero point of 0
+    INT4_POINT = "int4-point"  # GPTQ v1 stores zero points less one: nibble 7 for an offset of 8
+    INT8_POINT = "int8-point"  # the same: byte 127 for an offset of 128
     GROUP_INDEX = "group-index"  # each column's own number divided by the group size
     SHAPE = "shape"  # not padded: the two values are the logical shape, and are rewritten
 
@@ -83,7 +84,7 @@ class Format:
         row_block: rows that share one scale; a slice of rows must be a multiple of it.
         col_block: columns that share one scale or one packed element.
         components: the stored tensors. The first holds the weights.
-        required: suffixes without which the weights mean nothing.
+        required: tensors without which the weights mean nothing, each as the suffixes that it may have.
         refused: suffixes that ep2tp cannot slice, with the reason.
     """
 
@@ -92,7 +93,7 @@ class Format:
     row_block: int
     col_block: int
     components: tuple[Component, ...]
-    required: tuple[str, ...] = ()
+    required: tuple[tuple[str, ...], ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -147,7 +148,7 @@ def fp8_block(rows: int = 128, cols: int = 128) -> Format:
             Component("_weight_scale", **scale),  # type: ignore[arg-type]
             *_BIASES,
         ),
-        required=(".weight_scale_inv", ".weight_scale", ".scale", "_scale_inv", "_weight_scale"),
+        required=((".weight_scale_inv", ".weight_scale", ".scale", "_scale_inv", "_weight_scale"),),
     )
 
 
@@ -163,7 +164,7 @@ def fp8_channel() -> Format:
             Component(".weight_scale", ROWS, None, ("F32", "BF16", "F16"), Fill.ONE),
             *_BIASES,
         ),
-        required=(".weight_scale",),
+        required=((".weight_scale",),),
     )
 
 
@@ -179,7 +180,7 @@ def fp8_tensor() -> Format:
             *(Component(s, None, None, FLOAT_DTYPES, ndim=0) for s in (".weight_scale", ".input_scale")),
             *_BIASES,
         ),
-        required=(".weight_scale",),
+        required=((".weight_scale",),),
     )
 
 
@@ -203,7 +204,7 @@ def int_packed(bits: int, group: int) -> Format:
             Component(".weight_shape", None, None, ("I64", "I32"), Fill.SHAPE, ndim=1),
             *_BIASES,
         ),
-        required=(".weight_scale",),
+        required=((".weight_scale",),),
         refused={
             ".weight_g_idx": "activation-ordered groups (actorder) scatter a group over all columns",
             ".weight_zero_point": "asymmetric zero points are packed along the rows",
@@ -226,7 +227,7 @@ def nvfp4() -> Format:
             *(Component(s, None, None, ("F32",), ndim=0) for s in scalars),
             *_BIASES,
         ),
-        required=(".weight_scale",),
+        required=((".weight_scale",), (".weight_scale_2", ".weight_global_scale")),
     )
 
 
@@ -251,7 +252,7 @@ def mxfp4() -> Format:
             Component("_scales", ROWS, Dim(-1, 32), exponents, Fill.ONE),
             *_BIASES,
         ),
-        required=(".scale", ".weight_scale", "_scales"),
+        required=((".scale", ".weight_scale", "_scales"),),
     )
 
 
@@ -268,7 +269,7 @@ def mxfp8() -> Format:
             Component(".weight_scale_inv", ROWS, Dim(-1, 32), ("U8", "F8_E8M0"), Fill.ONE),
             *_BIASES,
         ),
-        required=(".weight_scale", ".weight_scale_inv"),
+        required=((".weight_scale", ".weight_scale_inv"),),
     )
 
 
@@ -286,24 +287,30 @@ def awq(bits: int, group: int) -> Format:
             Component(".scales", Dim(-1), Dim(-2, group), FLOAT_DTYPES, Fill.ONE),
             *_BIASES,
         ),
-        required=(".qzeros", ".scales"),
+        required=((".qzeros",), (".scales",)),
     )
 
 
-def gptq(bits: int, group: int) -> Format:
-    """GPTQ v1: ``qweight [columns/8, rows]``, zero points (stored less one) and scales each ``group`` columns."""
+def gptq(bits: int, group: int, version: int = 1) -> Format:
+    """GPTQ: ``qweight [columns/8, rows]``, zero points and scales each ``group`` columns.
+
+    Version 1 stores zero points less one. Padding is zero both to kernels that read the zero points and to those that
+    take symmetric checkpoints to be offset by half the range (Marlin).
+    """
     per_word = 32 // bits
+    zero = Fill.INT4_ZERO if bits == 4 else Fill.INT8_ZERO
+    point = zero if version == 2 else Fill.INT4_POINT if bits == 4 else Fill.INT8_POINT
     return Format(
         f"gptq_int{bits}_g{group}",
         bits=bits,
         row_block=per_word,
         col_block=lcm(group, per_word),
         components=(
-            Component(".qweight", Dim(-1), Dim(-2, per_word), ("I32",), Fill.GPTQ_ZERO),
-            Component(".qzeros", Dim(-1, per_word), Dim(-2, group), ("I32",)),
+            Component(".qweight", Dim(-1), Dim(-2, per_word), ("I32",), zero),
+            Component(".qzeros", Dim(-1, per_word), Dim(-2, group), ("I32",), point),
             Component(".scales", Dim(-1), Dim(-2, group), FLOAT_DTYPES, Fill.ONE),
             Component(".g_idx", None, Dim(-1), ("I32",), Fill.GROUP_INDEX, ndim=1),
             *_BIASES,
         ),
-        required=(".qzeros", ".scales"),
+        required=((".qzeros",), (".scales",)),
     )

@@ -80,9 +80,10 @@ def _compressed_tensors(quant: Config, config: Config) -> Chooser:
         if any(_matches_target(module, target) for target in ignored):
             return PLAIN
         for targets, stored in groups:
-            if "Linear" in targets or any(_matches_target(module, target) for target in targets):
+            if any(_matches_target(module, target) for target in targets):
                 return stored
-        return PLAIN
+        # A target that names the module beats one that names its class, whichever group comes first.
+        return next((stored for targets, stored in groups if "Linear" in targets), PLAIN)
 
     return choose
 
@@ -102,7 +103,7 @@ def _compressed_group(name: str, group: Config, quant: Config) -> Format | None:
         if strategy == "group" and size == 32:
             return formats.mxfp8()
         return {"channel": formats.fp8_channel(), "tensor": formats.fp8_tensor()}.get(str(strategy))
-    if kind == "int" and packing == "pack-quantized" and bits in (4, 8):
+    if kind == "int" and packing == "pack-quantized" and bits in _PACKED_BITS:
         if strategy != "group" or not isinstance(size, int) or size < 1:
             raise ModelError(
                 f"quantization_config.config_groups.{name}.weights: strategy={strategy!r}, group_size={size!r}; "
@@ -119,6 +120,7 @@ def _modelopt(quant: Config, config: Config) -> Chooser:
     algorithm = str(quant.get("quant_algo", "")).upper()
     stored = {
         "NVFP4": formats.nvfp4(),
+        "W4A16_NVFP4": formats.nvfp4(),
         "FP8": formats.fp8_tensor(),
         "FP8_PB_WO": formats.fp8_block(),
         "MXFP8": formats.mxfp8(),
@@ -127,7 +129,8 @@ def _modelopt(quant: Config, config: Config) -> Chooser:
 
     def choose(module: str) -> Format | None:
         parents = _parents(module)
-        return PLAIN if any(fnmatchcase(part, skip) for skip in skipped for part in parents) else stored
+        is_skipped = any(fnmatchcase(part, skip) for skip in skipped for part in parents)
+        return PLAIN if is_skipped or _is_listed(module, skipped) else stored  # older exports list parts of paths
 
     return choose
 
@@ -139,7 +142,8 @@ def _mxfp4(quant: Config, config: Config) -> Chooser:
 
 
 def _awq(quant: Config, config: Config) -> Chooser:
-    stored = formats.awq(_positive(quant, "bits", "w_bit"), _positive(quant, "group_size", "q_group_size"))
+    bits, group = _positive(quant, "bits", "w_bit"), _positive(quant, "group_size", "q_group_size")
+    stored = formats.awq(bits, group) if bits in _PACKED_BITS else None
     skipped = _names(quant, "modules_to_not_convert")
     return lambda module: PLAIN if _is_listed(module, skipped) else stored
 
@@ -150,10 +154,14 @@ def _gptq(quant: Config, config: Config) -> Chooser:
             "quantization_config.desc_act=true: activation order scatters each group over all columns, so no "
             "contiguous slice keeps a group whole; use a checkpoint with desc_act=false"
         )
-    stored = formats.gptq(_positive(quant, "bits"), _positive(quant, "group_size"))
+    bits, group = _positive(quant, "bits"), _positive(quant, "group_size")
+    version = 2 if quant.get("checkpoint_format") == "gptq_v2" else 1
+    stored = formats.gptq(bits, group, version) if bits in _PACKED_BITS else None
     skipped = _names(quant, "modules_to_not_convert")
     return lambda module: PLAIN if _is_listed(module, skipped) else stored
 
+
+_PACKED_BITS = (4, 8)  # the others that exist, 2 and 3, are not checked
 
 _READERS: dict[str, Callable[[Config, Config], Chooser]] = {
     "fp8": _fp8,

@@ -20,6 +20,12 @@ _ELEMENT = {
     "F8_E8M0": b"\x7f",
     "U8": b"\x7f",
 }
+_PATTERN = {
+    Fill.INT4_ZERO: b"\x88",
+    Fill.INT8_ZERO: b"\x80",
+    Fill.INT4_POINT: b"\x77",
+    Fill.INT8_POINT: b"\x7f",
+}
 _BYTES = {"F32": 4, "I32": 4, "I64": 8, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1}
 
 
@@ -51,8 +57,7 @@ class TensorPlan:
         kind = self.component.fill
         if kind is Fill.ONE:
             return _ELEMENT[dtype]
-        pattern = {Fill.INT4_ZERO: b"\x88", Fill.INT8_ZERO: b"\x80", Fill.GPTQ_ZERO: b"\x11"}.get(kind, b"\x00")
-        return pattern * _BYTES[dtype]
+        return _PATTERN.get(kind, b"\x00") * _BYTES[dtype]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -15,5 +16,5 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_model(folder: Path, model: TinyModel) -> Path:
     """Write a tiny checkpoint once per session; float32, so that the order of summation cannot change a token."""
-    target = folder / f"{model.family}-{model.expert_size}-{model.shared_experts}-{model.dense_size}-{model.heads}"
+    target = folder / hashlib.sha256(repr(model).encode()).hexdigest()[:16]
     return target if (target / "config.json").exists() else model.write(target, "float32")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from ep2tp.demo.launch import EngineRun, run_engine  # noqa: E402
-from ep2tp.demo.tiny import TinyModel  # noqa: E402
-from tests.engines.conftest import tiny_model  # noqa: E402
+from ep2tp.demo.launch import EngineRun, run_engine
+from ep2tp.demo.tiny import TinyModel
+from tests.engines.conftest import tiny_model
 
 pytestmark = pytest.mark.engine
 
@@ -71,6 +72,20 @@ def test_ep_recipe_runs_as_tp_with_the_tokens_of_one_rank(
     assert run.result is not None
     assert run.result["tokens"] == reference(name).result["tokens"]  # type: ignore[index]
     assert "rewrote this launch to tensor parallelism" in run.ep2tp_lines[0]
+
+
+def test_speculation_with_an_mtp_layer_of_odd_size_runs(tiny_models: Path) -> None:
+    """vLLM loads the MTP layer's experts as a second model, from the same files."""
+    model = tiny_model(tiny_models, replace(MODELS["deepseek_v3"], mtp_layers=1))
+    engine = {"model": str(model), "dtype": "float32"}
+    speculation = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+    one_rank = run_engine(tiny_models, "mtp-reference", engine, "off")
+    recipe = engine | speculation | {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    run = run_engine(tiny_models, "mtp", recipe, "auto")
+    assert_tensor_parallel(run, 2)
+    assert one_rank.result is not None
+    assert run.result is not None
+    assert run.result["tokens"] == one_rank.result["tokens"]
 
 
 def test_plain_tp_launch_with_odd_sizes_runs(tiny_models: Path, reference: Callable[[str], EngineRun]) -> None:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,19 @@ def test_odd_sizes_grow_in_the_config(tiny_models: Path) -> None:
     }
 
 
+def test_an_mtp_draft_grows_with_its_target(tiny_models: Path) -> None:
+    model = tiny_model(tiny_models, replace(ODD, mtp_layers=1, seed=1))
+    speculation = {"method": "mtp", "num_speculative_tokens": 1}
+    config = engine_config(model, tensor_parallel_size=2, speculative_config=speculation)
+    draft = config.speculative_config.draft_model_config
+    assert (draft.hf_config.moe_intermediate_size, draft.hf_config.intermediate_size) == (80, 336)
+    plan = launch.plan_of(draft, Settings.from_environment())
+    assert plan is not None
+    mtp_expert = plan.tensor("model.layers.3.mlp.experts.0.gate_proj.weight", (75, 256), "F32")
+    assert mtp_expert is not None
+    assert mtp_expert.is_padded
+
+
 def test_user_overrides_of_the_config_are_seen(tiny_models: Path) -> None:
     config = engine_config(
         tiny_model(tiny_models, DIVIDES),
@@ -191,12 +205,12 @@ def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
     config = DIVIDES.config() | {"architectures": ["NewMoeForCausalLM"], "model_type": "new_moe"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     args = engine_args(tmp_path, tensor_parallel_size=2, enable_expert_parallel=True)
-    with pytest.raises(PatchError, match="NewMoeForCausalLM.*EP2TP_PATCH_PATH"):
+    with pytest.raises(PatchError, match=r"NewMoeForCausalLM.*EP2TP_PATCH_PATH"):
         launch.rewrite(args, Settings.from_environment())
 
 
 def test_heads_that_do_not_divide_are_refused(tiny_models: Path) -> None:
-    with pytest.raises(LaunchError, match="16 attention heads.*Sizes up to 3 that work: 1, 2"):
+    with pytest.raises(LaunchError, match=r"16 attention heads.*Sizes up to 3 that work: 1, 2"):
         engine_config(tiny_model(tiny_models, DIVIDES), data_parallel_size=3, enable_expert_parallel=True)
 
 

@@ -18,9 +18,9 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from ep2tp.demo.launch import CPU_ENVIRONMENT, run_engine  # noqa: E402
-from ep2tp.demo.tiny import TinyModel  # noqa: E402
-from tests.engines.conftest import tiny_model  # noqa: E402
+from ep2tp.demo.launch import CPU_ENVIRONMENT, run_engine
+from ep2tp.demo.tiny import TinyModel
+from tests.engines.conftest import tiny_model
 
 pytestmark = pytest.mark.engine
 
@@ -63,7 +63,15 @@ def wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> 
 def test_a_dep_recipe_is_served_as_tp(tiny_models: Path) -> None:
     model = tiny_model(tiny_models, TinyModel(expert_size=75, shared_experts=2, dense_size=325))
     port, log = free_port(), tiny_models / "serve.log"
-    options = ["--skip-tokenizer-init", "--tokens-only", "--max-model-len", "256", "--enforce-eager", "--dtype", "float32"]
+    options = [
+        "--skip-tokenizer-init",
+        "--tokens-only",
+        "--max-model-len",
+        "256",
+        "--enforce-eager",
+        "--dtype",
+        "float32",
+    ]
     command = [sys.executable, "-c", VLLM, "serve", str(model), *RECIPE, *options, "--port", str(port)]
     with log.open("wb") as stream:
         environment = os.environ | CPU_ENVIRONMENT | {"EP2TP": "auto"}
@@ -78,7 +86,9 @@ def test_a_dep_recipe_is_served_as_tp(tiny_models: Path) -> None:
         finally:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
-    reference = run_engine(tiny_models, "serve-reference", {"model": str(model), "dtype": "float32"}, "off", max_tokens=6)
+    reference = run_engine(
+        tiny_models, "serve-reference", {"model": str(model), "dtype": "float32"}, "off", max_tokens=6
+    )
     assert reference.result is not None
     assert answer["choices"][0]["token_ids"] == reference.result["tokens"][0]
     text = log.read_text()

@@ -29,7 +29,7 @@ def fake_deep_ep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
 def test_guarded_imports_raise_an_error_that_names_ep2tp(fake_deep_ep: Path) -> None:
     assert guard.arm() == []
-    with pytest.raises(GuardError, match="ep2tp keeps deep_ep from being imported.*EP2TP=off"):
+    with pytest.raises(GuardError, match=r"ep2tp keeps deep_ep from being imported.*EP2TP=off"):
         importlib.import_module("deep_ep")
     with pytest.raises(ImportError, match="ep2tp keeps nvshmem"):
         import nvshmem  # type: ignore[import-not-found]  # noqa: F401

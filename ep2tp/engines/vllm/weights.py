@@ -5,12 +5,12 @@ The model was built with the padded sizes, so the engine's own loader slices wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ep2tp.errors import CheckpointError
 from ep2tp.layout.shard import padded_shape
-from ep2tp.model.formats import Fill
+from ep2tp.model.formats import Fill, Format
 from ep2tp.model.sharding import ShardPlan, TensorPlan
 
 if TYPE_CHECKING:
@@ -39,20 +39,16 @@ def padded_weights(weights: Iterable[tuple[str, torch.Tensor]], plan: ShardPlan)
     Raises:
         CheckpointError: a tensor does not fit the model's config, or a quantised weight came without its scales.
     """
-    unscaled: dict[str, set[str]] = {}
+    modules: dict[str, tuple[Format, set[str]]] = {}
     for name, tensor in weights:
         place = plan.tensor(name, tuple(tensor.shape), safetensors_dtype(tensor))
         if place is None:
             yield name, tensor
             continue
-        _note_scales(unscaled, place)
+        if place.format.required:
+            modules.setdefault(place.matrix.module, (place.format, set()))[1].add(place.matrix.suffix)
         yield name, pad(tensor, place)
-    missing = sorted(module for module, scales in unscaled.items() if scales)
-    if missing:
-        raise CheckpointError(
-            f"{missing[0]}: no {' or '.join(sorted(unscaled[missing[0]]))} in the checkpoint "
-            f"({len(missing)} such modules); its weights are quantised and mean nothing without scales"
-        )
+    _check_scales(modules)
 
 
 def pad(tensor: torch.Tensor, place: TensorPlan) -> torch.Tensor:
@@ -62,15 +58,14 @@ def pad(tensor: torch.Tensor, place: TensorPlan) -> torch.Tensor:
     """
     import torch
 
-    if place.component.fill is Fill.SHAPE:
+    if place.component.fill is Fill.SHAPE and not place.split.is_exact:
         return _padded_shape_values(tensor, place)
-    if place.cut is None or not place.is_padded:
-        return tensor
     cut = place.cut
-    new_shape = padded_shape(tuple(tensor.shape), cut)
+    if cut is None or not place.is_padded:
+        return tensor
     if place.component.fill is Fill.GROUP_INDEX:
-        index = torch.arange(new_shape[cut.axis], dtype=tensor.dtype, device=tensor.device)
-        return index // place.format.col_block
+        return _padded_group_index(tensor, place, cut.padded)
+    new_shape = padded_shape(tuple(tensor.shape), cut)
     bits = _same_size_integer(tensor.dtype)
     element = int.from_bytes(place.fill(safetensors_dtype(tensor)), "little", signed=bits != torch.uint8)
     padded = torch.full(new_shape, element, dtype=bits, device=tensor.device)
@@ -99,15 +94,33 @@ def _padded_shape_values(tensor: torch.Tensor, place: TensorPlan) -> torch.Tenso
     return values
 
 
-def _note_scales(unscaled: dict[str, set[str]], place: TensorPlan) -> None:
-    required = place.format.required
-    if not required:
-        return
-    module = place.matrix.module
-    if place.component is place.format.components[0] or place.matrix.suffix in _WEIGHTS:
-        unscaled.setdefault(module, set(required))
-    elif place.matrix.suffix in required:
-        unscaled[module] = set()
+def _padded_group_index(tensor: torch.Tensor, place: TensorPlan, size: int) -> torch.Tensor:
+    import torch
+
+    group = place.format.component(".scales").cols.per  # type: ignore[union-attr]
+    index = torch.arange(size, dtype=tensor.dtype, device=tensor.device) // group
+    if not torch.equal(index[: len(tensor)], tensor):
+        raise CheckpointError(
+            f"{place.matrix.module}{place.matrix.suffix}: columns are not in groups of {group} one after the other; a "
+            "slice would cut groups although quantization_config does not say desc_act=true"
+        )
+    return index
 
 
-_WEIGHTS = (".weight", ".weight_packed", ".qweight", "_blocks", "")
+def _check_scales(modules: Mapping[str, tuple[Format, set[str]]]) -> None:
+    """Check that each module that has quantised weights has what they need."""
+    missing = {
+        module: names
+        for module, (stored, found) in modules.items()
+        for names in stored.required
+        if found & _WEIGHTS and not found.intersection(names)
+    }
+    if missing:
+        module = min(missing)
+        raise CheckpointError(
+            f"{module}: no {' or '.join(missing[module])} in the checkpoint ({len(missing)} such modules); its weights "
+            "are quantised and mean nothing without scales"
+        )
+
+
+_WEIGHTS = frozenset({".weight", ".weight_packed", ".qweight", "_blocks", ""})
