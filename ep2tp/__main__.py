@@ -1,0 +1,5 @@
+"""``python -m ep2tp``."""
+
+from ep2tp.cli import main
+
+main()

@@ -1,0 +1,88 @@
+"""The decision about links, on a stand-in for NVML: this machine has no GPU; what is tested is how answers are used."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from ep2tp.engines.decision import decide
+from ep2tp.engines.vllm.arguments import RULES
+from ep2tp.planner.topology import links_of_job
+from ep2tp.settings import Mode
+
+EP_FLAG = RULES.triggers[0]
+
+
+class NVMLError(Exception):
+    pass
+
+
+def use_nvml(monkeypatch: pytest.MonkeyPatch, gpus: int, joined: set[frozenset[int]]) -> None:
+    """GPUs 0..gpus-1, of which the pairs in ``joined`` have NVLink; handles are the GPUs' numbers."""
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_P2P_CAPS_INDEX_NVLINK=2,
+        NVML_P2P_STATUS_OK=0,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: gpus,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetHandleByUUID=lambda uuid: int(uuid.decode().removeprefix("GPU-")),
+        nvmlDeviceGetP2PStatus=lambda a, b, caps: 0 if frozenset((a, b)) in joined else 6,
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+PAIRS_01_23 = {frozenset((0, 1)), frozenset((2, 3))}
+ALL_OF_4 = {frozenset((a, b)) for a in range(4) for b in range(a)}
+
+
+@pytest.mark.parametrize(
+    ("joined", "visible", "gpus", "expected"),
+    [
+        (ALL_OF_4, None, 4, True),
+        (ALL_OF_4, None, 2, True),
+        (PAIRS_01_23, None, 2, True),  # the job's GPUs are joined, all of them would not be
+        (PAIRS_01_23, None, 4, False),
+        (PAIRS_01_23, "1,2", 2, False),
+        (PAIRS_01_23, "3,2", 2, True),
+        (PAIRS_01_23, "GPU-2,GPU-3", 2, True),
+        (ALL_OF_4, None, 8, False),  # spans nodes
+        (set(), None, 2, False),
+    ],
+)
+def test_every_pair_of_the_jobs_gpus_counts(
+    joined: set[frozenset[int]], visible: str | None, gpus: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_nvml(monkeypatch, 4, joined)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert links_of_job(gpus).all_nvlink is expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "gpus", "rewrite", "why"),
+    [
+        (Mode.AUTO, 4, False, "all 4 GPUs are joined by NVLink"),
+        (Mode.ON, 4, True, "EP2TP=on"),
+        (Mode.OFF, 4, False, "EP2TP=off"),
+        (Mode.ON, 1, False, "one GPU"),
+        (Mode.AUTO, 8, True, "8 GPUs and this machine shows 4"),
+    ],
+)
+def test_decisions(mode: Mode, gpus: int, rewrite: bool, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_nvml(monkeypatch, 4, ALL_OF_4)
+    decision = decide(mode, EP_FLAG, gpus)
+    assert decision.rewrite is rewrite
+    assert why in decision.why
+
+
+def test_a_machine_without_a_driver_counts_as_not_joined() -> None:
+    pytest.importorskip("pynvml")
+    links = links_of_job(2)
+    if "driver" not in links.why:
+        pytest.skip("this machine has an NVIDIA driver")
+    assert not links.all_nvlink
