@@ -11,16 +11,29 @@ from ep2tp.settings import Mode
 
 @dataclass(frozen=True)
 class Decision:
-    """``rewrite`` or not, and the reason in words."""
+    """What becomes of a launch.
+
+    Attributes:
+        rewrite: whether it is rewritten.
+        why: the reason in words.
+        asked: whether it asks for expert parallelism at all.
+        is_warning: whether it should have been rewritten and could not be.
+    """
 
     rewrite: bool
     why: str
+    asked: bool = True
+    is_warning: bool = False
+
+    def leave_alone(self, because: str, is_warning: bool = False) -> Decision:
+        """This decision turned down, for another reason."""
+        return Decision(False, f"{self.why}, but {because}", self.asked, is_warning)
 
 
 def decide(mode: Mode, trigger: Setting | None, gpus: int) -> Decision:
     """Decide for a launch that asks for expert parallelism by ``trigger`` (None: it does not) on ``gpus`` GPUs."""
     if trigger is None:
-        return Decision(False, "the launch does not ask for expert parallelism")
+        return Decision(False, "the launch does not ask for expert parallelism", asked=False)
     asked = f"{trigger.flags[0]} on {gpus} GPU{'s' if gpus > 1 else ''}"
     if mode is Mode.OFF:
         return Decision(False, f"{asked}; EP2TP=off")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -64,13 +65,33 @@ class Seam:
         wrapt.register_post_import_hook(install, self.module)
 
 
-def check(seams: Iterable[Seam], engine: str, version: str, strict: bool) -> list[str]:
-    """Problems of all seams together; with ``strict`` they are an error.
+def problem(
+    engine: str, version: str, checked: tuple[str, ...], seams: Iterable[Seam], strict: bool, insists: bool
+) -> str | None:
+    """Why an engine is left alone, or None where its version is known and all seams hold.
+
+    Args:
+        engine: its name.
+        version: the installed version.
+        checked: versions that ep2tp was checked with, oldest first; those of their range of releases are known.
+        seams: what ep2tp wraps.
+        strict: raise instead (EP2TP_STRICT=1).
+        insists: whether the user wants ep2tp on an unknown version too (EP2TP=on); seams have to hold in any case.
 
     Raises:
-        SeamError: ``strict`` (EP2TP_STRICT=1) and a seam does not hold.
+        SeamError: ``strict``, and there is a problem.
     """
-    problems = [problem for seam in seams if (problem := seam.problem())]
-    if problems and strict:
-        raise SeamError(f"{engine} {version} has changed where ep2tp touches it: " + "; ".join(problems))
-    return problems
+    found = "; ".join(p for seam in seams if (p := seam.problem()))
+    if found:
+        found = f"{engine} {version} has changed where ep2tp touches it: {found}"
+    elif not insists and not _release(checked[0]) <= _release(version) <= _release(checked[-1]):
+        known = f"{checked[0]} to {checked[-1]}"
+        found = f"ep2tp knows {engine} {known}, not {version}; EP2TP=on uses ep2tp all the same"
+    if found and strict:
+        raise SeamError(found)
+    return found or None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """Major and minor number; none of a version that has no numbers, such as a source build's ``dev``."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:2])

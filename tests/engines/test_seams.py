@@ -13,6 +13,8 @@ from ep2tp.engines import seams as engine_seams
 from ep2tp.engines.seams import Seam
 from ep2tp.errors import SeamError
 
+KNOWN = ("1.2.0", "2.0.1")
+
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -39,10 +41,34 @@ def test_a_seam_that_holds_has_no_problem(engine: ModuleType) -> None:
     ],
 )
 def test_a_changed_seam_is_named(engine: ModuleType, changed: Seam, problem: str) -> None:
-    found = engine_seams.check([seam(), changed], "some engine", "2.0", strict=False)
-    assert len(found) == 1
+    found = engine_seams.problem("some engine", "2.0", KNOWN, [seam(), changed], strict=False, insists=True)
+    assert found is not None
+    assert found.count("some_engine.") + found.count("no_engine_here.") == 1
     with pytest.raises(SeamError, match=f"some engine 2.0 has changed.*{problem}"):
-        engine_seams.check([changed], "some engine", "2.0", strict=True)
+        engine_seams.problem("some engine", "2.0", KNOWN, [changed], strict=True, insists=True)
+
+
+@pytest.mark.parametrize(
+    ("version", "is_known"),
+    [
+        ("1.2", True),
+        ("1.2.5", True),
+        ("1.9", True),
+        ("2.0.3+cu130", True),
+        ("2.1", False),
+        ("1.1", False),
+        ("dev", False),
+    ],
+)
+def test_versions_outside_the_checked_range_are_left_alone_unless_the_user_insists(
+    engine: ModuleType, version: str, is_known: bool
+) -> None:
+    found = engine_seams.problem("some engine", version, KNOWN, [seam()], strict=False, insists=False)
+    assert (found is None) is is_known
+    assert engine_seams.problem("some engine", version, KNOWN, [seam()], strict=False, insists=True) is None
+    if not is_known:
+        with pytest.raises(SeamError, match=r"ep2tp knows some engine 1.2.0 to 2.0.1, not .* EP2TP=on"):
+            engine_seams.problem("some engine", version, KNOWN, [seam()], strict=True, insists=False)
 
 
 def test_wrapping_twice_wraps_once(engine: Any) -> None:

@@ -16,15 +16,22 @@ import pytest
 
 vllm = pytest.importorskip("vllm")
 
-from vllm.config.parallel import EPLBConfig  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
+from vllm.config.parallel import EPLBConfig
+from vllm.engine.arg_utils import EngineArgs
 
-from ep2tp.demo.tiny import TinyModel  # noqa: E402
-from ep2tp.engines.vllm import launch  # noqa: E402
-from ep2tp.errors import CheckpointError, LaunchError, ModelError, PatchError, SettingError  # noqa: E402
-from ep2tp.rewrite import guard  # noqa: E402
-from ep2tp.settings import Settings  # noqa: E402
-from tests.engines.conftest import tiny_model  # noqa: E402
+from ep2tp.demo.tiny import TinyModel
+from ep2tp.engines.vllm import launch, plugin, seams
+from ep2tp.errors import (
+    CheckpointError,
+    LaunchError,
+    ModelError,
+    PatchError,
+    SeamError,
+    SettingError,
+)
+from ep2tp.rewrite import guard
+from ep2tp.settings import Settings
+from tests.engines.conftest import tiny_model
 
 DIVIDES = TinyModel(expert_size=96, heads=16, experts=8, dense_size=384)
 ODD = TinyModel(expert_size=75, shared_experts=2, dense_size=325, heads=12)
@@ -247,6 +254,31 @@ def test_registering_imports_neither_torch_nor_vllm() -> None:
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout.strip() == "[]"
+
+
+def test_a_kernel_that_this_version_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EP2TP_KERNEL", "ep2tp")
+    with pytest.raises(SettingError, match="no kernel of its own; use auto or engine"):
+        plugin.register()
+
+
+def test_an_engine_whose_seams_changed_is_left_alone_with_a_warning(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    changed = replace(seams.WEIGHTS, parameters=("self", "something_else"))
+    monkeypatch.setattr(seams, "ALL", (seams.SERVE, seams.ENGINE_CONFIG, changed))
+    args = engine_args(tiny_model(tiny_models, DIVIDES), tensor_parallel_size=2, enable_expert_parallel=True)
+    config = args.create_engine_config()
+    assert config.parallel_config.enable_expert_parallel
+    assert not guard.is_armed()
+    assert len(messages) == 1
+    assert "left the launch's parallelism as it is" in messages[0]
+    assert "has changed where ep2tp touches it" in messages[0]
+    monkeypatch.setenv("EP2TP_STRICT", "1")
+    with pytest.raises(SeamError, match="get_all_weights"):
+        args.create_engine_config()
+    with pytest.raises(SeamError, match="get_all_weights"):
+        engine_config(tiny_model(tiny_models, ODD), tensor_parallel_size=2)
 
 
 def test_an_unknown_setting_stops_the_engine_with_the_allowed_values() -> None:

@@ -26,8 +26,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from engines import Agreement, Case, Engines, Run, agreement, errors  # noqa: E402
-from fp8_checkpoint import BlockModel  # noqa: E402
+from engines import Agreement, Case, Engines, Run, agreement, errors
+from fp8_checkpoint import BlockModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 

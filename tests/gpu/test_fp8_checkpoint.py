@@ -10,13 +10,13 @@ import pytest
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")
 
-from fp8_checkpoint import BlockModel, dequantize_blocks, quantize_blocks  # noqa: E402
+from fp8_checkpoint import BlockModel, dequantize_blocks, quantize_blocks
 
-from ep2tp.checkpoint.reader import check_folder  # noqa: E402
-from ep2tp.engines.vllm.weights import padded_weights  # noqa: E402
-from ep2tp.model.facts import read_config, read_facts  # noqa: E402
-from ep2tp.model.families import find_family, load_families  # noqa: E402
-from ep2tp.model.sharding import ShardPlan, plan_shards  # noqa: E402
+from ep2tp.checkpoint.reader import check_folder
+from ep2tp.engines.vllm.weights import padded_weights
+from ep2tp.model.facts import read_config, read_facts
+from ep2tp.model.families import find_family, load_families
+from ep2tp.model.sharding import ShardPlan, plan_shards
 
 SMALL = BlockModel(hidden=256, heads=2, kv_heads=2, experts=2, top_k=1, layers=2, vocabulary=128)
 

@@ -8,8 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import torch.distributed as dist  # noqa: E402
-from host_staging import HostStaging  # noqa: E402
+import torch.distributed as dist
+from host_staging import HostStaging
 
 
 def _rank(rank: int, folder: str) -> None:

@@ -19,7 +19,7 @@ from ep2tp.model.locate import facts_of
 from ep2tp.model.sharding import ShardPlan, plan_shards
 from ep2tp.rewrite import guard
 from ep2tp.rewrite.parallel_plan import Change, Limits, assumes_expert_parallelism, to_tensor_parallel
-from ep2tp.settings import Settings
+from ep2tp.settings import Mode, Settings
 
 NOTE = "ep2tp"  # attribute of hf_config by which a worker finds the plan
 _STREAMED = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "dummy"})
@@ -43,9 +43,9 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
         return decision, []
     config = read_model_config(arguments)
     if config is None or not is_moe(config):
-        return Decision(False, f"{decision.why}, but {arguments.model} has no routed experts"), []
+        return decision.leave_alone(f"{arguments.model} has no routed experts"), []
     if problem := seam_problem(settings):
-        return Decision(False, f"{decision.why}, but {problem}"), []
+        return decision.leave_alone(problem, is_warning=True), []
     if os.environ.get("VLLM_DP_SIZE", "1") != "1":
         raise LaunchError(
             f"VLLM_DP_SIZE={os.environ['VLLM_DP_SIZE']} starts one process per data-parallel rank; tensor parallelism "
@@ -107,11 +107,15 @@ def plan_of(model_config: Any, settings: Settings) -> ShardPlan | None:
 
 
 def seam_problem(settings: Settings) -> str | None:
-    """Why this vLLM is left alone, or None where every seam holds."""
-    import vllm
+    """Why this vLLM is left alone, or None: its version is known (or the user insists), and every seam holds.
 
-    problems = engine_seams.check(seams.ALL, "vLLM", vllm.__version__, settings.strict)
-    return f"vLLM {vllm.__version__} has changed where ep2tp touches it ({'; '.join(problems)})" if problems else None
+    Raises:
+        SeamError: ``EP2TP_STRICT=1``, and there is a problem.
+    """
+    from vllm import __version__ as version
+
+    insists = settings.mode is Mode.ON
+    return engine_seams.problem("vLLM", version, seams.VERSIONS, seams.ALL, settings.strict, insists)
 
 
 def read_model_config(arguments: Any) -> dict[str, Any] | None:

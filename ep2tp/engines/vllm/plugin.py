@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ep2tp import __version__
 from ep2tp.engines.vllm import seams
+from ep2tp.errors import SettingError
 from ep2tp.rewrite import guard
 from ep2tp.settings import Kernel, Mode, Settings
 
@@ -33,9 +34,11 @@ def register() -> None:
     """Wrap the seams. Idempotent; ``EP2TP=off`` leaves vLLM as it is.
 
     Raises:
-        SettingError: an ``EP2TP*`` variable has an unknown value.
+        SettingError: an ``EP2TP*`` variable has an unknown value, or asks for a kernel that this version lacks.
     """
     settings = Settings.from_environment()
+    if settings.kernel is Kernel.EP2TP:
+        raise SettingError("EP2TP_KERNEL=ep2tp: this version has no kernel of its own; use auto or engine")
     if settings.mode is Mode.OFF:
         return
     guard.arm_if_inherited()
@@ -65,7 +68,7 @@ def _create_engine_config(wrapped: Wrapped, instance: Any, args: Positional, kwa
         decision, changes = _served.pop()
     vllm_config = wrapped(*args, **kwargs)
     plan = launch.pad(vllm_config, instance, settings)
-    if _is_reporter(instance) and (plan is not None or changes):
+    if _is_reporter(instance) and (plan is not None or decision.asked):
         _report(decision, changes, plan, settings.kernel)
     return vllm_config
 
@@ -97,7 +100,8 @@ def _report(decision: Decision, changes: list[Change], plan: Any, kernel: Kernel
 
     verb = "rewrote this launch to tensor parallelism" if changes else "left the launch's parallelism as it is"
     title = f"ep2tp {__version__} {verb}: {decision.why}"
+    level = logging.WARNING if decision.is_warning else logging.INFO
     if changes or (plan is not None and (plan.is_padded or plan.left_to_engine)):
-        logger.info("%s", launch_report(title, changes, plan, f"the engine's (EP2TP_KERNEL={kernel})"))
+        logger.log(level, "%s", launch_report(title, changes, plan, f"the engine's (EP2TP_KERNEL={kernel})"))
     else:
-        logger.info("%s; nothing to pad", title)
+        logger.log(level, "%s%s", title, "" if plan is None else "; nothing to pad")
