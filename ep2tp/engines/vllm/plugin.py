@@ -7,6 +7,7 @@ that needs vLLM or torch is imported when a seam is reached, and then vLLM has l
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,11 @@ def _get_all_weights(wrapped: Wrapped, instance: Any, args: Positional, kwargs: 
 
 
 def _is_reporter(engine_args: Any) -> bool:
-    """Whether this process speaks for the launch: the parent of several API servers, or the only process."""
+    """Whether this process speaks for the launch: nodes, API servers and an external launcher make several."""
+    if engine_args.node_rank > 0:
+        return False
+    if engine_args.distributed_executor_backend == "external_launcher":
+        return os.environ.get("RANK", "0") == "0"
     servers, rank = getattr(engine_args, "_api_process_count", 1), getattr(engine_args, "_api_process_rank", 0)
     return servers == 1 or rank == -1
 
