@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 EXTRA_INDEX ?=
-PIP = $(VENV)/bin/pip --disable-pip-version-check install --quiet $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
+PIP = $(VENV)/bin/pip --disable-pip-version-check install $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 
 .PHONY: demo test lint clean
 

@@ -8,6 +8,7 @@ import sys
 import click
 
 from ep2tp import __version__
+from ep2tp.checkpoint.commands import reshard_command, verify_command
 from ep2tp.errors import Ep2tpError
 
 
@@ -36,8 +37,8 @@ def main() -> None:
 @click.option("--tp", type=click.IntRange(1), help="With --model: show the slices over this many ranks.")
 def patches(model: str | None, tp: int | None) -> None:
     """List the model families that ep2tp knows, whom each patch matches, and why."""
+    from ep2tp.commands import listing
     from ep2tp.model.families import load_families
-    from ep2tp.rewrite import listing
     from ep2tp.settings import Settings
 
     settings = Settings.from_environment()
@@ -56,8 +57,8 @@ def rewrite(command: tuple[str, ...]) -> None:
     \b
     ep2tp rewrite -- vllm serve MODEL --data-parallel-size 4 --enable-expert-parallel
     """
-    from ep2tp.rewrite import listing
-    from ep2tp.rewrite.command import model_of, rewrite_command
+    from ep2tp.commands import listing
+    from ep2tp.commands.rewrite import model_of, rewrite_command
     from ep2tp.rewrite.parallel_plan import Limits
 
     facts, why_no_facts = listing.facts_for(model_of(command))
@@ -77,3 +78,7 @@ def demo(tp: int, keep: str | None) -> None:
     from ep2tp.demo.run import run_demo
 
     sys.exit(run_demo(tp, Path(keep) if keep else None))
+
+
+main.add_command(reshard_command)
+main.add_command(verify_command)

@@ -55,6 +55,8 @@ class _Demo:
         return self._report(reference, stock, rewritten)
 
     def _step(self, title: str, name: str, engine: dict[str, Any], mode: str) -> EngineRun:
+        if not self.console.is_terminal:
+            self.console.print(f"{title} (about 30 s) ...", soft_wrap=True)
         with self.console.status(f"{title} (about 30 s)"):
             run = run_engine(self.folder, name, engine, mode)
         outcome = "ran" if run.result else f"failed: {run.failure}"

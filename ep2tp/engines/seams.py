@@ -16,6 +16,9 @@ from ep2tp.errors import SeamError
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
+_wrapped: list[Seam] = []  # in this process
+
+
 @dataclass(frozen=True)
 class Seam:
     """One function of an engine that ep2tp wraps.
@@ -58,8 +61,9 @@ class Seam:
             *path, last = self.attribute.split(".")
             for name in path:
                 owner = getattr(owner, name, None)
-            if owner is None or not hasattr(owner, last) or isinstance(vars(owner).get(last), wrapt.FunctionWrapper):
+            if owner is None or not hasattr(owner, last) or self in _wrapped:
                 return  # a missing seam is reported by problem() before anything relies on it
+            _wrapped.append(self)
             wrapt.wrap_function_wrapper(owner, last, wrapper)
 
         wrapt.register_post_import_hook(install, self.module)

@@ -101,7 +101,8 @@ class ModelFacts:
 
 def is_moe(config: Mapping[str, Any]) -> bool:
     """Whether a config describes a model with routed experts."""
-    return any((part.get(key) or 0) > 1 for part in config_parts(config) for key in _EXPERT_COUNTS)
+    counts = [part.get(key) for part in config_parts(config) for key in _EXPERT_COUNTS]
+    return any(isinstance(count, list) or (isinstance(count, int) and count > 1) for count in counts)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def _part_with(config: Mapping[str, Any], names: tuple[str, ...], family: Family
 
 
 def _formats(family: Family, tensors: Tensors, quantization: Quantization, layers: int) -> tuple[Format | None, ...]:
-    """The formats of a class over all layers; a few past the last, where MTP layers are numbered."""
+    """The formats of a class over all layers, and over one past the last, where an MTP layer is numbered."""
     names = {*tensors.gate, *tensors.gate_up, *tensors.down}
     found: dict[str, Format | None] = {}
     for layer in range(layers + 1):

@@ -170,33 +170,37 @@ def load_family(path: Path) -> Family:
     """Read and check one patch file.
 
     Raises:
-        PatchError: the file is not TOML, or a key is missing, unknown or of the wrong type; all of them are named.
+        PatchError: the file is not TOML, a key is missing, unknown or of the wrong type (all of them are named), or
+            the patch is not named like its file.
     """
     try:
-        return Family.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        family = Family.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise PatchError(f"{path}: not a TOML file: {error}") from None
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']}" for e in error.errors()]
         raise PatchError(f"{path}: does not follow the patch format:\n" + "\n".join(lines)) from None
+    if family.name != path.stem:
+        raise PatchError(f"{path}: name = {family.name!r}; a patch is named like its file: {path.stem!r}")
+    return family
 
 
 def load_families(selection: str = "all", folders: Iterable[Path] = ()) -> dict[str, Family]:
-    """The patches in force, by name. A user's patch replaces the built-in one of the same name.
+    """The patches in force, by name, in the order in which they are tried: the user's first.
 
     Args:
         selection: ``EP2TP_PATCHES``: ``all``, ``none``, ``name,name`` (only these) or ``-name,-name`` (all but these).
-        folders: the user's folders of patch files (``EP2TP_PATCH_PATH``); the first that has a name wins.
+        folders: the user's folders of patch files (``EP2TP_PATCH_PATH``); the first that has a name wins, also over
+            a built-in one.
 
     Raises:
         PatchError: a patch file is invalid, or ``selection`` names a patch that does not exist.
     """
-    families = dict(_built_in())
-    for folder in reversed(list(folders)):
+    families: dict[str, Family] = {}
+    for folder in folders:
         for path in sorted(folder.glob("*.toml")):
-            family = load_family(path)
-            families[family.name] = family
-    return _select(families, selection)
+            families.setdefault(path.stem, load_family(path))
+    return _select(families | {name: f for name, f in _built_in().items() if name not in families}, selection)
 
 
 @lru_cache(maxsize=1)

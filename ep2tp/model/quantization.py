@@ -49,7 +49,14 @@ def read_quantization(config: Config) -> Quantization:
     reader = _READERS.get(method)
     if reader is None:
         return Quantization(method or "unknown", lambda module: None)
-    return Quantization(method, reader(quant, config))
+    try:
+        return Quantization(method, reader(quant, config))
+    except _UnsliceableError as reason:
+        return Quantization(f"{method} ({reason})", lambda module: None)
+
+
+class _UnsliceableError(Exception):
+    """A layout that no slice can keep whole; only launches that would slice it are refused."""
 
 
 def _fp8(quant: Config, config: Config) -> Chooser:
@@ -105,9 +112,8 @@ def _compressed_group(name: str, group: Config, quant: Config) -> Format | None:
         return {"channel": formats.fp8_channel(), "tensor": formats.fp8_tensor()}.get(str(strategy))
     if kind == "int" and packing == "pack-quantized" and bits in _PACKED_BITS:
         if strategy != "group" or not isinstance(size, int) or size < 1:
-            raise ModelError(
-                f"quantization_config.config_groups.{name}.weights: strategy={strategy!r}, group_size={size!r}; "
-                "ep2tp slices packed integers with strategy 'group' and a positive group_size"
+            raise _UnsliceableError(
+                f"config_groups.{name}: packed integers with strategy={strategy!r}, group_size={size!r}"
             )
         if not weights.get("symmetric", True):
             return None
@@ -150,10 +156,7 @@ def _awq(quant: Config, config: Config) -> Chooser:
 
 def _gptq(quant: Config, config: Config) -> Chooser:
     if quant.get("desc_act"):
-        raise ModelError(
-            "quantization_config.desc_act=true: activation order scatters each group over all columns, so no "
-            "contiguous slice keeps a group whole; use a checkpoint with desc_act=false"
-        )
+        raise _UnsliceableError("desc_act=true: activation order scatters each group over all columns")
     bits, group = _positive(quant, "bits"), _positive(quant, "group_size")
     version = 2 if quant.get("checkpoint_format") == "gptq_v2" else 1
     stored = formats.gptq(bits, group, version) if bits in _PACKED_BITS else None
@@ -171,7 +174,9 @@ _READERS: dict[str, Callable[[Config, Config], Chooser]] = {
     "modelopt-fp4": _modelopt,
     "mxfp4": _mxfp4,
     "awq": _awq,
+    "awq-marlin": _awq,
     "gptq": _gptq,
+    "gptq-marlin": _gptq,
 }
 
 
@@ -184,7 +189,7 @@ def _two_sizes(block: Any) -> tuple[int, int]:
 def _positive(quant: Config, *names: str) -> int:
     value = next((quant[name] for name in names if name in quant), None)
     if not isinstance(value, int) or value < 1:
-        raise ModelError(f"quantization_config.{names[0]}={value!r}: expected a positive integer")
+        raise _UnsliceableError(f"{names[0]}={value!r}: one group over all columns, or none")
     return value
 
 

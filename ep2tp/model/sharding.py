@@ -26,6 +26,7 @@ _PATTERN = {
     Fill.INT4_POINT: b"\x77",
     Fill.INT8_POINT: b"\x7f",
 }
+_LARGEST_GROUP = 128  # of the groups in use (16, 32, 64, 128): slices that are multiples of it cut none
 _BYTES = {"F32": 4, "I32": 4, "I64": 8, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1}
 
 
@@ -70,6 +71,7 @@ class ShardPlan:
         splits: for each class of weights, its split in logical values.
         fields: config fields whose value grows: (before, after).
         left_to_engine: for each class that does not divide but that the engine handles exactly, how it does.
+        unchecked: for each class whose format ep2tp does not know, and whose slices might cut a group, why.
     """
 
     facts: ModelFacts
@@ -77,6 +79,7 @@ class ShardPlan:
     splits: Mapping[ClassName, Split]
     fields: Mapping[str, tuple[int, int]]
     left_to_engine: Mapping[ClassName, str]
+    unchecked: Mapping[ClassName, str]
 
     @property
     def is_padded(self) -> bool:
@@ -164,7 +167,12 @@ class ShardPlan:
             )
 
 
-def plan_shards(facts: ModelFacts, ranks: int, left_to_engine: Mapping[ClassName, str] | None = None) -> ShardPlan:
+def plan_shards(
+    facts: ModelFacts,
+    ranks: int,
+    left_to_engine: Mapping[ClassName, str] | None = None,
+    dense_ranks: int | None = None,
+) -> ShardPlan:
     """Plan the slices of every class with the least padding for equal slices of whole blocks.
 
     Classes that share a config field (routed and shared experts of DeepSeek) are solved together.
@@ -174,41 +182,52 @@ def plan_shards(facts: ModelFacts, ranks: int, left_to_engine: Mapping[ClassName
         ranks: tensor-parallel size.
         left_to_engine: classes whose split the engine handles exactly although it does not divide, and how. They are
             left alone unless another class changes their config field.
+        dense_ranks: ranks over which shared experts and dense MLPs are sliced, where not over all (data parallelism
+            without expert parallelism slices only the routed experts over every rank).
 
     Raises:
         ModelError: a class that does not divide is stored in a format that ep2tp does not know.
     """
     handled = dict(left_to_engine or {})
+    ranks_of = {c.name: ranks if c.name == "routed" else dense_ranks or ranks for c in facts.classes}
     splits: dict[ClassName, Split] = {}
     fields: dict[str, tuple[int, int]] = {}
     for field in dict.fromkeys(c.field for c in facts.classes):
         classes = [c for c in facts.classes if c.field == field]
         before = classes[0].size // classes[0].times
-        after = _padded_field(facts, before, ranks, classes, handled)
+        after = _padded_field(facts, before, classes, ranks_of, handled)
         if after != before:
             fields[field] = (before, after)
         for c in classes:
             if after != before:
                 handled.pop(c.name, None)
-                splits[c.name] = Split(c.size, after * c.times, ranks)
-            elif c.name not in handled:
-                splits[c.name] = Split(c.size, c.size, ranks)
-    return ShardPlan(facts, ranks, splits, fields, handled)
+                splits[c.name] = Split(c.size, after * c.times, ranks_of[c.name])
+            elif c.name not in handled and c.size % ranks_of[c.name] == 0:
+                splits[c.name] = Split(c.size, c.size, ranks_of[c.name])
+    unchecked = {
+        c.name: f"stored by {facts.quantization.method}, which ep2tp does not know"
+        for c in facts.classes
+        if not c.is_known and ranks_of[c.name] > 1 and c.size % (ranks_of[c.name] * _LARGEST_GROUP)
+    }
+    return ShardPlan(facts, ranks, splits, fields, handled, unchecked)
 
 
 def _padded_field(
-    facts: ModelFacts, size: int, ranks: int, classes: list[TensorClass], handled: Mapping[ClassName, str]
+    facts: ModelFacts,
+    size: int,
+    classes: list[TensorClass],
+    ranks_of: Mapping[ClassName, int],
+    handled: Mapping[ClassName, str],
 ) -> int:
-    if ranks == 1:  # nothing is cut, so a last, partly filled block is no trouble
+    cut = [c for c in classes if ranks_of[c.name] > 1]  # what is not cut may end in a partly filled block
+    needs = [(c.times, ranks_of[c.name] * (c.block if c.is_known else 1)) for c in cut if c.name not in handled]
+    if least_padded(size, 1, needs) == size:
         return size
-    needs = [(c.times, c.block if c.is_known else 1) for c in classes if c.name not in handled]
-    if least_padded(size, ranks, needs) == size:
-        return size
-    for c in classes:
+    for c in cut:
         if not c.is_known:
             raise ModelError(
-                f"{facts.source}: {c.field}={size} does not divide into whole blocks over {ranks} ranks, and the "
-                f"{c.name} experts are stored by quantisation method {facts.quantization.method!r}, which ep2tp cannot "
-                "pad; use a tensor-parallel size that divides it"
+                f"{facts.source}: {c.field}={size} does not divide into whole blocks over {ranks_of[c.name]} ranks, "
+                f"and its weights ({c.name}) are stored by {facts.quantization.method}, which ep2tp cannot pad; use a "
+                f"tensor-parallel size that divides {size}, or another quantisation of the model"
             )
-    return least_padded(size, ranks, [(c.times, c.padded_block) for c in classes])
+    return least_padded(size, 1, [(c.times, ranks_of[c.name] * c.padded_block) for c in cut])

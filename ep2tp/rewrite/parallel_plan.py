@@ -62,6 +62,9 @@ class LaunchRules:
         triggers: settings that mean a launch assumes expert parallelism.
         resets: settings to put back to their defaults, triggers included.
         one_process_per_rank: settings by which an operator starts every data-parallel rank on its own.
+        ranks_per_node: the setting of the data-parallel ranks of this node, where an operator starts nodes one by one.
+        nodes: the setting of the number of nodes of one launch.
+        moves: for a value of a setting, the setting that has to take its place: (field, value, setting, new value).
     """
 
     engine: str
@@ -71,19 +74,24 @@ class LaunchRules:
     triggers: tuple[Setting, ...]
     resets: tuple[Setting, ...]
     one_process_per_rank: tuple[Setting, ...] = ()
+    ranks_per_node: Setting | None = None
+    nodes: Setting | None = None
+    moves: tuple[tuple[str, str, Setting, str], ...] = ()
 
     @property
     def settings(self) -> tuple[Setting, ...]:
         """Every setting that the rules look at."""
-        sizes = (self.tensor_parallel, self.data_parallel, self.pipeline_parallel)
+        sizes = (self.tensor_parallel, self.data_parallel, self.pipeline_parallel, self.nodes)
         return (*(s for s in sizes if s is not None), *self.resets, *self.one_process_per_rank)
+
+    def moves_apply(self, values: Values) -> bool:
+        """Whether a setting has to take the place of another."""
+        return any(values.get(field) == value for field, value, _, _ in self.moves)
 
     def gpus(self, values: Values) -> int:
         """GPUs that the tensor-parallel ranks of a rewritten launch use, of one pipeline stage."""
-        tensor_parallel = int(values.get(self.tensor_parallel.field) or 1)
-        if self.data_parallel is None:
-            return tensor_parallel
-        return tensor_parallel * int(values.get(self.data_parallel.field) or 1)
+        tensor_parallel = size_of(self.tensor_parallel, values)
+        return tensor_parallel if self.data_parallel is None else tensor_parallel * size_of(self.data_parallel, values)
 
 
 @dataclass(frozen=True)
@@ -145,15 +153,32 @@ def to_tensor_parallel(rules: LaunchRules, values: Values, limits: Limits | None
     if trigger is None:
         return []
     _refuse_one_process_per_rank(rules, values)
+    _refuse_separate_nodes(rules, values)
     changes = _fold(rules, values, limits)
+    for field, value, setting, new in rules.moves:
+        if values.get(field) == value:
+            changes.append(Change(setting, values.get(setting.field, "default"), new, setting.why))
     for setting in rules.resets:
         if setting.is_bound(values):
             changes.append(Change(setting, values[setting.field], None, setting.why))
     return changes
 
 
+def size_of(setting: Setting, values: Values) -> int:
+    """A size of a launch; 1 where it is not given.
+
+    Raises:
+        LaunchError: it is not a number.
+    """
+    value = values.get(setting.field) or 1
+    try:
+        return int(value)
+    except ValueError:
+        raise LaunchError(f"{setting.flags[0]} {value}: expected a number") from None
+
+
 def _fold(rules: LaunchRules, values: Values, limits: Limits | None) -> list[Change]:
-    before, after = int(values.get(rules.tensor_parallel.field) or 1), rules.gpus(values)
+    before, after = size_of(rules.tensor_parallel, values), rules.gpus(values)
     if limits is not None and not limits.allow(after):
         raise LaunchError(_limits_message(rules, values, limits, after))
     if rules.data_parallel is None or before == after:
@@ -168,7 +193,7 @@ def _fold(rules: LaunchRules, values: Values, limits: Limits | None) -> list[Cha
 def _limits_message(rules: LaunchRules, values: Values, limits: Limits, ranks: int) -> str:
     fitting = [n for n in range(1, ranks + 1) if limits.allow(n)]
     best = max(n for n in fitting if ranks % n == 0)
-    stages = ranks // best * int(values.get(rules.pipeline_parallel.field, 1))
+    stages = ranks // best * size_of(rules.pipeline_parallel, values)
     tp_flag, pp_flag = rules.tensor_parallel.flags[0], rules.pipeline_parallel.flags[0]
     without = f", without {rules.data_parallel.flags[0]}" if rules.data_parallel else ""
     return (
@@ -185,3 +210,19 @@ def _refuse_one_process_per_rank(rules: LaunchRules, values: Values) -> None:
                 f"{shown}: {setting.why} Start one launch with {rules.tensor_parallel.flags[0]} {rules.gpus(values)} "
                 "instead, or run this one as given with EP2TP=off"
             )
+
+
+def _refuse_separate_nodes(rules: LaunchRules, values: Values) -> None:
+    """Refuse a launch of which this node starts only some of the data-parallel ranks, and another node the rest."""
+    if rules.ranks_per_node is None or rules.nodes is None or rules.data_parallel is None:
+        return
+    here, all_ranks = values.get(rules.ranks_per_node.field), size_of(rules.data_parallel, values)
+    if here is None or int(here) >= all_ranks or size_of(rules.nodes, values) > 1 or rules.moves_apply(values):
+        return
+    nodes = all_ranks // int(here) if int(here) else "N"
+    raise LaunchError(
+        f"{rules.ranks_per_node.flags[0]} {here} of {all_ranks}: other nodes start the other data-parallel ranks. "
+        f"Tensor parallelism over nodes is one launch that each node joins: {rules.tensor_parallel.flags[0]} "
+        f"{rules.gpus(values)} {rules.nodes.flags[0]} {nodes} --node-rank I --master-addr ADDRESS (and --headless on "
+        "all nodes but the first). EP2TP=off runs this launch as given"
+    )

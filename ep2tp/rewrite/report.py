@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ep2tp.model.families import ClassName
 from ep2tp.model.sharding import ShardPlan
 from ep2tp.rewrite.parallel_plan import Change
 
@@ -27,11 +28,15 @@ def padding_rows(plan: ShardPlan) -> list[tuple[str, str, str, str]]:
                 f"+{split.overhead:.1%} memory: {plan.ranks} slices of whole {c.padded_block}-blocks ({c.format_names})"
             )
             rows.append((f"{c.name} ({c.field})", str(split.size), str(split.padded), why))
-    for name, how in plan.left_to_engine.items():
+    for name, how in [*plan.left_to_engine.items(), *_unchecked(plan)]:
         known = plan.facts.tensor_class(name)
         if known is not None:
             rows.append((f"{name} ({known.field})", str(known.size), "unchanged", how))
     return rows
+
+
+def _unchecked(plan: ShardPlan) -> list[tuple[ClassName, str]]:
+    return [(name, f"NOT CHECKED: {why}; its slices might cut scale groups") for name, why in plan.unchecked.items()]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from vllm.config.parallel import EPLBConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from ep2tp.demo.tiny import TinyModel
-from ep2tp.engines.vllm import launch, plugin, seams
+from ep2tp.engines.vllm import launch, padding, plugin, seams
 from ep2tp.errors import (
     CheckpointError,
     LaunchError,
@@ -144,7 +146,7 @@ def test_odd_sizes_grow_in_the_config(tiny_models: Path) -> None:
     hf_config = config.model_config.hf_config
     # The shared experts, 2 x 75, would need 152; as 2 x 80 they share the field of the routed experts.
     assert (hf_config.moe_intermediate_size, hf_config.intermediate_size) == (80, 336)
-    plan = launch.plan_of(config.model_config, Settings.from_environment())
+    plan = padding.plan_of(config.model_config, Settings.from_environment())
     assert plan is not None
     assert {name: (split.size, split.padded) for name, split in plan.splits.items()} == {
         "routed": (75, 80),
@@ -159,7 +161,7 @@ def test_an_mtp_draft_grows_with_its_target(tiny_models: Path) -> None:
     config = engine_config(model, tensor_parallel_size=2, speculative_config=speculation)
     draft = config.speculative_config.draft_model_config
     assert (draft.hf_config.moe_intermediate_size, draft.hf_config.intermediate_size) == (80, 336)
-    plan = launch.plan_of(draft, Settings.from_environment())
+    plan = padding.plan_of(draft, Settings.from_environment())
     assert plan is not None
     mtp_expert = plan.tensor("model.layers.3.mlp.experts.0.gate_proj.weight", (75, 256), "F32")
     assert mtp_expert is not None
@@ -228,7 +230,7 @@ def test_processes_started_per_rank_are_refused(tiny_models: Path, monkeypatch: 
 
 
 def test_load_formats_that_bypass_the_stream_are_refused_where_padding_is_needed(tiny_models: Path) -> None:
-    with pytest.raises(LaunchError, match="--load-format sharded_state bypasses"):
+    with pytest.raises(LaunchError, match="--load-format sharded_state is another"):
         engine_config(tiny_model(tiny_models, ODD), tensor_parallel_size=2, load_format="sharded_state")
 
 
@@ -279,6 +281,120 @@ def test_an_engine_whose_seams_changed_is_left_alone_with_a_warning(
         args.create_engine_config()
     with pytest.raises(SeamError, match="get_all_weights"):
         engine_config(tiny_model(tiny_models, ODD), tensor_parallel_size=2)
+
+
+def test_off_after_registration_changes_nothing(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EP2TP", "off")
+    config = engine_config(tiny_model(tiny_models, ODD), tensor_parallel_size=2, enable_expert_parallel=True)
+    assert config.parallel_config.enable_expert_parallel
+    assert config.model_config.hf_config.moe_intermediate_size == 75
+
+
+def test_the_plan_travels_with_the_config_and_brings_the_weights_seam_along(tiny_models: Path) -> None:
+    """A worker whose plugins are filtered out must still pad: unpickling its config wraps the seam."""
+    config = engine_config(tiny_model(tiny_models, ODD), tensor_parallel_size=2)
+    pickled = tiny_models / "hf_config.pickle"
+    pickled.write_bytes(pickle.dumps(config.model_config.hf_config))
+    code = (
+        "import pickle, pathlib, sys, wrapt\n"
+        "config = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
+        "from vllm.model_executor.model_loader.default_loader import DefaultModelLoader\n"
+        "print(config.ep2tp['ranks'], isinstance(vars(DefaultModelLoader)['get_all_weights'], wrapt.FunctionWrapper))"
+    )
+    env = os.environ | {"VLLM_PLUGINS": "none", "EP2TP": "off"}
+    command = [sys.executable, "-c", code, str(pickled)]
+    child = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert child.stdout.strip().splitlines()[-1] == "2 True"
+
+
+def test_a_later_launch_of_the_same_process_is_not_guarded(tiny_models: Path) -> None:
+    model = tiny_model(tiny_models, DIVIDES)
+    engine_config(model, tensor_parallel_size=2, enable_expert_parallel=True)
+    assert guard.is_armed()
+    engine_config(model, tensor_parallel_size=2)
+    assert not guard.is_armed()
+
+
+def test_a_config_that_cannot_be_read_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = EngineArgs(model="no/such-model", tensor_parallel_size=2, enable_expert_parallel=True)
+    decision, changes = launch.rewrite(args, Settings.from_environment())
+    assert (decision.is_warning, changes, args.enable_expert_parallel) == (True, [], True)
+    assert "cannot be read" in decision.why
+    monkeypatch.setenv("EP2TP_STRICT", "1")
+    with pytest.raises(ModelError, match="cannot be read"):
+        launch.rewrite(args, Settings.from_environment())
+
+
+def quantised_config(folder: Path, quantization: dict[str, Any], **sizes: Any) -> Path:
+    """A folder with a config alone, of a model that is never loaded."""
+    config = DIVIDES.config() | sizes | {"quantization_config": quantization}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+UNKNOWN = {"quant_method": "auto-round", "bits": 4, "group_size": 128}
+
+
+def test_formats_that_are_not_known_are_refused_where_a_slice_might_cut_a_group(tmp_path: Path) -> None:
+    model = quantised_config(tmp_path, UNKNOWN, moe_intermediate_size=1408, intermediate_size=2048)
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "load_format": "dummy"}
+    with pytest.raises(ModelError, match=r"routed weights are stored by auto-round.*cut a scale group"):
+        planned(model, is_rewritten=True, **options)
+    plan = planned(model, is_rewritten=False, **options)
+    assert set(plan.unchecked) == {"routed", "shared"}
+    assert not plan.is_padded
+
+
+def test_formats_that_are_not_known_pass_where_slices_are_whole_groups(tmp_path: Path) -> None:
+    model = quantised_config(tmp_path, UNKNOWN, moe_intermediate_size=2048, intermediate_size=2048)
+    assert planned(model, is_rewritten=True, tensor_parallel_size=8).unchecked == {}
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+def test_data_parallelism_without_ep_slices_only_the_routed_experts_over_all_ranks(tmp_path: Path) -> None:
+    model = quantised_config(tmp_path, FP8, moe_intermediate_size=1024, intermediate_size=10944)
+    plan = planned(model, is_rewritten=False, data_parallel_size=4)
+    assert plan.fields == {}
+    assert {name: split.ranks for name, split in plan.splits.items()} == {"routed": 4, "shared": 1, "dense": 1}
+
+
+def test_an_ep_only_backend_is_reset_in_the_kernel_config_too(tmp_path: Path) -> None:
+    model = quantised_config(tmp_path, FP8, moe_intermediate_size=1536, intermediate_size=2048)
+    args = engine_args(model, tensor_parallel_size=2, kernel_config={"moe_backend": "deep_gemm_mega_moe"})
+    launch.rewrite(args, Settings.from_environment())
+    assert args.kernel_config.moe_backend == "auto"
+
+
+def test_node_by_node_data_parallelism_is_refused_with_the_launch_over_nodes(tiny_models: Path) -> None:
+    args = engine_args(
+        tiny_model(tiny_models, DIVIDES),
+        data_parallel_size=4,
+        data_parallel_size_local=2,
+        data_parallel_address="10.0.0.1",
+        enable_expert_parallel=True,
+    )
+    with pytest.raises(LaunchError, match="--tensor-parallel-size 4 --nnodes 2"):
+        launch.rewrite(args, Settings.from_environment())
+
+
+def planned(model: Path, is_rewritten: bool, **options: Any) -> Any:
+    """The plan of a model, made from a config object like vLLM's with the stock parallel settings."""
+    args = engine_args(model, **options)
+    parallel = SimpleNamespace(
+        tensor_parallel_size=args.tensor_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        prefill_context_parallel_size=1,
+        enable_expert_parallel=False,
+    )
+    hf_config = SimpleNamespace(to_dict=dict, quantization_config=None)
+    vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(is_moe=True, hf_config=hf_config, model=str(model)),
+        parallel_config=parallel,
+        kernel_config=SimpleNamespace(moe_backend="auto"),
+    )
+    return padding.pad(vllm_config, args, Settings.from_environment(), is_rewritten)
 
 
 def test_an_unknown_setting_stops_the_engine_with_the_allowed_values() -> None:

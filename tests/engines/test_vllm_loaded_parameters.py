@@ -36,7 +36,7 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowPar
 from vllm.model_executor.layers.quantization import get_quantization_config
 
 from ep2tp.engines.vllm.experts import left_to_engine
-from ep2tp.engines.vllm.weights import pad, padded_weights, safetensors_dtype
+from ep2tp.engines.weights import pad, padded_weights, safetensors_dtype
 from ep2tp.errors import CheckpointError
 from ep2tp.model.facts import ModelFacts, read_facts
 from ep2tp.model.families import find_family, load_families

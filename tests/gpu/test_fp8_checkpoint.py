@@ -13,7 +13,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 from fp8_checkpoint import BlockModel, dequantize_blocks, quantize_blocks
 
 from ep2tp.checkpoint.reader import check_folder
-from ep2tp.engines.vllm.weights import padded_weights
+from ep2tp.engines.weights import padded_weights
 from ep2tp.model.facts import read_config, read_facts
 from ep2tp.model.families import find_family, load_families
 from ep2tp.model.sharding import ShardPlan, plan_shards

@@ -446,9 +446,23 @@ def write_patch(folder: Path, **changes: str) -> Path:
     text = (PATCHES / "deepseek_v3.toml").read_text(encoding="utf-8")
     for old, new in changes.items():
         text = "\n".join(new if line.startswith(f"{old} =") else line for line in text.splitlines())
-    path = folder / "mine.toml"
+    name = next(line for line in text.splitlines() if line.startswith("name =")).split('"')[1]
+    path = folder / f"{name}.toml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def test_a_patch_that_is_not_named_like_its_file_is_refused(tmp_path: Path) -> None:
+    path = write_patch(tmp_path).rename(tmp_path / "other.toml")
+    with pytest.raises(PatchError, match="a patch is named like its file: 'other'"):
+        load_families(folders=[path.parent])
+
+
+def test_a_users_patch_comes_before_the_built_in_ones(tmp_path: Path) -> None:
+    write_patch(tmp_path, name='name = "my_deepseek"')
+    found = find_family({"model_type": "deepseek_v3"}, load_families(folders=[tmp_path]))
+    assert found is not None
+    assert found[0].name == "my_deepseek"
 
 
 def test_an_unknown_key_is_named(tmp_path: Path) -> None:
@@ -487,7 +501,7 @@ def test_selection() -> None:
 def test_a_users_patch_replaces_the_built_in_one(tmp_path: Path) -> None:
     write_patch(tmp_path, title='title = "mine"')
     (tmp_path / "later").mkdir()
-    write_patch(tmp_path / "later", title='title = "not mine"', name='name = "deepseek_v3"')
+    write_patch(tmp_path / "later", title='title = "not mine"')
     families = load_families(folders=[tmp_path, tmp_path / "later"])
     assert families["deepseek_v3"].title == "mine"
     assert len(families) == len(FAMILIES)

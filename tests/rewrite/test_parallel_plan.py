@@ -54,11 +54,29 @@ def test_dp_is_folded_into_tp(tp: int, dp: int, folded: int) -> None:
         ("enable_dbo", True),
         ("ubatch_size", 2),
         ("data_parallel_backend", "ray"),
-        ("data_parallel_size_local", 2),
+        ("data_parallel_size_local", 1),
     ],
 )
 def test_everything_bound_to_expert_parallelism_goes_with_it(field: str, value: Any) -> None:
     assert changed(VLLM, EP | {field: value})[field] == (value, None)
+
+
+def test_ray_moves_from_the_data_parallel_to_the_tensor_parallel_ranks() -> None:
+    changes = changed(VLLM, EP | {"data_parallel_size": 2, "data_parallel_backend": "ray"})
+    assert changes["distributed_executor_backend"] == ("default", "ray")
+
+
+def test_ranks_that_other_nodes_start_are_refused() -> None:
+    values = EP | {"data_parallel_size": 16, "data_parallel_size_local": 8}
+    with pytest.raises(LaunchError, match="--tensor-parallel-size 16 --nnodes 2 --node-rank I"):
+        changed(VLLM, values)
+    assert changed(VLLM, values | {"nnodes": 2})["tensor_parallel_size"] == (1, 16)
+    assert changed(VLLM, values | {"data_parallel_backend": "ray"})["tensor_parallel_size"] == (1, 16)
+
+
+def test_a_size_that_is_no_number_is_refused() -> None:
+    with pytest.raises(LaunchError, match="--data-parallel-size four: expected a number"):
+        changed(VLLM, EP | {"data_parallel_size": "four"})
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,15 @@ _EP_ONLY_BACKEND = Setting(
         }
     ),
 )
+_DP_BACKEND = Setting("data_parallel_backend", ("--data-parallel-backend", "-dpb"), "no data-parallel ranks are left")
+_RANKS_PER_NODE = Setting(
+    "data_parallel_size_local", ("--data-parallel-size-local", "-dpl"), "no data-parallel ranks are left"
+)
+_EXECUTOR = Setting(
+    "distributed_executor_backend",
+    ("--distributed-executor-backend",),
+    "Ray placed the data-parallel ranks, and now places the tensor-parallel ones",
+)
 _PER_RANK = "starts every data-parallel rank by itself; tensor parallelism is one launch over all GPUs."
 
 RULES = LaunchRules(
@@ -41,7 +50,10 @@ RULES = LaunchRules(
         _EP_FLAG,
         _EP_ONLY_BACKEND,
         Setting(
-            "all2all_backend", ("--all2all-backend",), "tokens are not dispatched: one all_reduce ends a MoE layer"
+            "all2all_backend",
+            ("--all2all-backend",),
+            "tokens are not dispatched: one all_reduce ends a MoE layer",
+            neutral=frozenset({"allgather_reducescatter"}),
         ),
         Setting("enable_eplb", ("--enable-eplb",), "no rank has busier experts than another", takes_value=False),
         Setting("eplb_config", ("--eplb-config",), "balances whole experts (redundant experts, too)"),
@@ -56,11 +68,14 @@ RULES = LaunchRules(
         Setting("expert_placement_strategy", ("--expert-placement-strategy",), "places whole experts"),
         Setting("enable_dbo", ("--enable-dbo",), "hides an all_to_all that is gone", takes_value=False),
         Setting("ubatch_size", ("--ubatch-size",), "hides an all_to_all that is gone"),
-        Setting("data_parallel_size_local", ("--data-parallel-size-local", "-dpl"), "no data-parallel ranks are left"),
-        Setting("data_parallel_backend", ("--data-parallel-backend", "-dpb"), "no data-parallel ranks are left"),
+        _RANKS_PER_NODE,
+        _DP_BACKEND,
         Setting("data_parallel_address", ("--data-parallel-address", "-dpa"), "no data-parallel ranks are left"),
         Setting("data_parallel_rpc_port", ("--data-parallel-rpc-port", "-dpp"), "no data-parallel ranks are left"),
     ),
+    ranks_per_node=_RANKS_PER_NODE,
+    nodes=Setting("nnodes", ("--nnodes", "-n"), ""),
+    moves=((_DP_BACKEND.field, "ray", _EXECUTOR, "ray"),),
     one_process_per_rank=(
         Setting("data_parallel_rank", ("--data-parallel-rank", "-dpn"), _PER_RANK),
         Setting("data_parallel_start_rank", ("--data-parallel-start-rank", "-dpr"), _PER_RANK),
@@ -89,6 +104,8 @@ def given_values(arguments: Any, defaults: Any) -> dict[str, Any]:
             value = getattr(arguments, setting.field)
             if value is not None and value != default_of(defaults, setting.field):
                 given[setting.field] = value
+    if backend := _kernel_config_backend(arguments):
+        given.setdefault(_EP_ONLY_BACKEND.field, backend)
     return given
 
 
@@ -106,6 +123,19 @@ def apply(changes: list[Change], arguments: Any, defaults: Any) -> None:
         field = change.setting.field
         value = default_of(defaults, field) if change.after is None else change.after
         setattr(arguments, field, value)
-        # Ray placed the data-parallel ranks on other nodes; now it has to place the tensor-parallel ones there.
-        if field == "data_parallel_backend" and change.before == "ray":
-            arguments.distributed_executor_backend = "ray"
+        if field == _EP_ONLY_BACKEND.field and _kernel_config_backend(arguments):
+            _set_kernel_config_backend(arguments, value)
+
+
+def _kernel_config_backend(arguments: Any) -> str | None:
+    """``--kernel-config.moe_backend``, which vLLM uses where ``--moe-backend`` is not given."""
+    config = getattr(arguments, "kernel_config", None)
+    backend = config.get("moe_backend") if isinstance(config, dict) else getattr(config, "moe_backend", None)
+    return None if backend in (None, "auto") else str(backend)
+
+
+def _set_kernel_config_backend(arguments: Any, backend: str) -> None:
+    if isinstance(arguments.kernel_config, dict):
+        arguments.kernel_config = {**arguments.kernel_config, "moe_backend": backend}
+    else:
+        arguments.kernel_config = dataclasses.replace(arguments.kernel_config, moe_backend=backend)

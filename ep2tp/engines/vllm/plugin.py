@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ep2tp import __version__
-from ep2tp.engines.vllm import seams
+from ep2tp.engines.vllm import load_format, seams
 from ep2tp.errors import SettingError
 from ep2tp.rewrite import guard
 from ep2tp.settings import Kernel, Mode, Settings
@@ -32,11 +32,12 @@ _served: list[tuple[Decision, list[Change]]] = []
 
 
 def register() -> None:
-    """Wrap the seams. Idempotent; ``EP2TP=off`` leaves vLLM as it is.
+    """Wrap the seams, and add the load format of offline rank files. Idempotent; ``EP2TP=off`` adds the format only.
 
     Raises:
         SettingError: an ``EP2TP*`` variable has an unknown value, or asks for a kernel that this version lacks.
     """
+    load_format.register()
     settings = Settings.from_environment()
     if settings.kernel is Kernel.EP2TP:
         raise SettingError("EP2TP_KERNEL=ep2tp: this version has no kernel of its own; use auto or engine")
@@ -45,39 +46,46 @@ def register() -> None:
     guard.arm_if_inherited()
     seams.SERVE.wrap(_serve)
     seams.ENGINE_CONFIG.wrap(_create_engine_config)
-    seams.WEIGHTS.wrap(_get_all_weights)
+    seams.WEIGHTS.wrap(pad_weights)
 
 
 def _serve(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
     """Around ``ServeSubcommand.cmd(args)``, which starts an API server per data-parallel rank."""
     from ep2tp.engines.vllm import launch
 
+    settings = Settings.from_environment()
+    if settings.mode is Mode.OFF:
+        return wrapped(*args, **kwargs)
     namespace = args[0] if args else kwargs["args"]
     if getattr(namespace, "model_tag", None) is not None:
         namespace.model = namespace.model_tag
-    _served.append(launch.rewrite(namespace, Settings.from_environment()))
+    _served.append(launch.rewrite(namespace, settings))
     return wrapped(*args, **kwargs)
 
 
 def _create_engine_config(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
     """Around ``EngineArgs.create_engine_config``, before which no worker exists."""
-    from ep2tp.engines.vllm import launch
-
     settings = Settings.from_environment()
+    if settings.mode is Mode.OFF:
+        return wrapped(*args, **kwargs)
+    from ep2tp.engines.vllm import launch, padding
+
     decision, changes = launch.rewrite(instance, settings)
     if _served:
         decision, changes = _served.pop()
+    if not decision.rewrite and not _is_api_server_child(instance):
+        guard.disarm()  # an earlier launch of this process was rewritten, this one is not
     vllm_config = wrapped(*args, **kwargs)
-    plan = launch.pad(vllm_config, instance, settings)
+    plan = padding.pad(vllm_config, instance, settings, bool(changes))
     if _is_reporter(instance) and (plan is not None or decision.asked):
         _report(decision, changes, plan, settings.kernel)
     return vllm_config
 
 
-def _get_all_weights(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
+def pad_weights(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
     """Around ``DefaultModelLoader.get_all_weights(model_config, model)``, a generator."""
-    from ep2tp.engines.vllm import experts, launch
-    from ep2tp.engines.vllm.weights import padded_weights
+    from ep2tp.engines.vllm import experts, padding
+    from ep2tp.engines.weights import padded_weights
 
     stream = wrapped(*args, **kwargs)
     model_config = args[0] if args else kwargs["model_config"]
@@ -86,7 +94,7 @@ def _get_all_weights(wrapped: Wrapped, instance: Any, args: Positional, kwargs: 
         experts.audit(model)
         for path in guard.mapped_libraries():
             logger.warning("ep2tp: %s is mapped into this process although the launch needs no all-to-all", path)
-    plan = launch.plan_of(model_config, Settings.from_environment())
+    plan = padding.plan_of(model_config, Settings.from_environment())
     return stream if plan is None else padded_weights(stream, plan)
 
 
@@ -96,8 +104,13 @@ def _is_reporter(engine_args: Any) -> bool:
         return False
     if engine_args.distributed_executor_backend == "external_launcher":
         return os.environ.get("RANK", "0") == "0"
+    return not _is_api_server_child(engine_args)
+
+
+def _is_api_server_child(engine_args: Any) -> bool:
+    """Whether this is one of several API servers, whose parent made the launch (and has rank -1)."""
     servers, rank = getattr(engine_args, "_api_process_count", 1), getattr(engine_args, "_api_process_rank", 0)
-    return servers == 1 or rank == -1
+    return servers > 1 and rank >= 0
 
 
 def _report(decision: Decision, changes: list[Change], plan: Any, kernel: Kernel) -> None:
@@ -105,8 +118,9 @@ def _report(decision: Decision, changes: list[Change], plan: Any, kernel: Kernel
 
     verb = "rewrote this launch to tensor parallelism" if changes else "left the launch's parallelism as it is"
     title = f"ep2tp {__version__} {verb}: {decision.why}"
-    level = logging.WARNING if decision.is_warning else logging.INFO
-    if changes or (plan is not None and (plan.is_padded or plan.left_to_engine)):
+    unchecked = plan is not None and bool(plan.unchecked)
+    level = logging.WARNING if decision.is_warning or unchecked else logging.INFO
+    if changes or unchecked or (plan is not None and (plan.is_padded or plan.left_to_engine)):
         logger.log(level, "%s", launch_report(title, changes, plan, f"the engine's (EP2TP_KERNEL={kernel})"))
     else:
         logger.log(level, "%s%s", title, "" if plan is None else "; nothing to pad")

@@ -68,9 +68,11 @@ def rewrite_command(words: Sequence[str], limits: Limits | None = None) -> Rewri
         limits: what of the model has to divide, where known.
 
     Raises:
-        LaunchError: it starts neither engine, or the launch cannot become tensor parallel.
+        LaunchError: it starts neither engine, takes settings from a file, or cannot become tensor parallel.
     """
     rules = rules_of(words)
+    if "--config" in words:
+        raise LaunchError("--config: settings in a file are not read here; put them on the command line")
     uses = _uses(words, rules)
     values = {use.setting.field: use.value for use in uses}
     changes = to_tensor_parallel(rules, values, limits)

@@ -4,8 +4,8 @@ import shlex
 
 import pytest
 
+from ep2tp.commands.rewrite import model_of, rewrite_command
 from ep2tp.errors import LaunchError
-from ep2tp.rewrite.command import model_of, rewrite_command
 from ep2tp.rewrite.parallel_plan import Limits
 
 
@@ -25,6 +25,10 @@ from ep2tp.rewrite.parallel_plan import Limits
         ),
         ("vllm serve M -tp 4 --no-enable-expert-parallel", "vllm serve M -tp 4 --no-enable-expert-parallel"),
         ("vllm serve M -tp 4", "vllm serve M -tp 4"),
+        (
+            "vllm serve M -dp 2 -dpb ray -ep",
+            "vllm serve M --tensor-parallel-size 2 --distributed-executor-backend ray",
+        ),
         (
             "python3 -m vllm.entrypoints.openai.api_server --model M -dp 2 -ep",
             "python3 -m vllm.entrypoints.openai.api_server --model M --tensor-parallel-size 2",
@@ -49,6 +53,11 @@ def test_a_command_of_another_program_is_refused() -> None:
 def test_a_flag_without_its_value_is_refused() -> None:
     with pytest.raises(LaunchError, match="--data-parallel-size: the command ends"):
         rewrite_command(shlex.split("vllm serve M -ep --data-parallel-size"))
+
+
+def test_settings_in_a_file_are_refused() -> None:
+    with pytest.raises(LaunchError, match="--config: settings in a file"):
+        rewrite_command(shlex.split("vllm serve M --config recipe.yaml"))
 
 
 def test_heads_are_checked_where_the_model_is_known() -> None:

@@ -1,0 +1,87 @@
+"""From a source to its planned conversion: everything is checked here, before the first byte is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ep2tp.checkpoint.conversion import (
+    Conversion,
+    Layout,
+    check_outputs,
+    new_config,
+    new_index,
+    plan_jobs,
+)
+from ep2tp.checkpoint.deepseek_parts import PartsSource, is_parts
+from ep2tp.checkpoint.header import parse_json
+from ep2tp.checkpoint.hub import HubSource, download
+from ep2tp.checkpoint.journal import STATE
+from ep2tp.checkpoint.reader import INDEX
+from ep2tp.checkpoint.source import LocalSource, Source
+from ep2tp.errors import CheckpointError, ModelError
+from ep2tp.model.facts import ModelFacts
+from ep2tp.model.families import load_families
+from ep2tp.model.locate import facts_of
+from ep2tp.model.sharding import plan_shards
+from ep2tp.settings import Settings
+
+
+def open_source(
+    source: str | Path, beside: Path, revision: str | None = None, stream: bool = False, config: Path | None = None
+) -> Source:
+    """The source that a user names: a folder, or else a model on the hub.
+
+    Args:
+        source: the folder or ``owner/name``.
+        beside: the output folder; a streamed source keeps its file of the moment there.
+        revision: branch, tag or commit on the hub.
+        stream: hold one file of a hub model at a time, instead of downloading it whole into the hub's cache.
+        config: config.json of a source that has none.
+
+    Raises:
+        CheckpointError: it is neither, or the hub does not answer.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return PartsSource(folder, config) if is_parts(folder) else LocalSource(folder)
+    if folder.is_absolute() or str(source).startswith("."):
+        return LocalSource(folder)  # says that there is no such folder
+    return HubSource(str(source), revision, beside / STATE) if stream else LocalSource(download(str(source), revision))
+
+
+def prepare(source: Source, tp: int, layout: Layout) -> Conversion:
+    """Plan a conversion from the source's config.json and headers.
+
+    Raises:
+        CheckpointError, ModelError, PatchError: the source is damaged, contradicts itself, or cannot be sliced.
+    """
+    text = source.read_text("config.json")
+    if text is None:
+        raise CheckpointError(f"{source.label}: has no config.json; name a folder with a Hugging Face checkpoint")
+    config = parse_json(Path(source.label) / "config.json", text)
+    quantization = source.read_text("hf_quant_config.json")
+    described = config
+    if "quantization_config" not in config and quantization is not None:
+        described = config | {"quantization_config": _modelopt(Path(source.label), quantization)}
+    facts = _facts(described, source.label)
+    for c in facts.classes:
+        if not c.is_known:
+            raise ModelError(
+                f"{source.label}: {c.name} weights are stored by {facts.quantization.method}, which ep2tp cannot "
+                "slice; use another quantisation of the model"
+            )
+    plan = plan_shards(facts, tp)
+    jobs = plan_jobs(source.files(), plan, layout)
+    check_outputs(jobs)
+    index = new_index(jobs, source.read_text(INDEX) is not None) if layout == "padded" else None
+    return Conversion(plan, layout, jobs, new_config(config, plan), index, source.others(), source.identity())
+
+
+def _facts(config: dict[str, object], label: str) -> ModelFacts:
+    settings = Settings.from_environment()
+    return facts_of(config, label, load_families(settings.patches, settings.patch_path))
+
+
+def _modelopt(folder: Path, text: bytes) -> dict[str, object]:
+    """hf_quant_config.json of ModelOpt, as the quantization_config that newer checkpoints have."""
+    return {"quant_method": "modelopt"} | parse_json(folder / "hf_quant_config.json", text)

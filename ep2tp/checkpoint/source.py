@@ -1,0 +1,141 @@
+"""Where a checkpoint comes from: what the resharder asks of it, and the answer of a folder on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from ep2tp.checkpoint.header import Header
+from ep2tp.checkpoint.origin import Origin
+from ep2tp.checkpoint.reader import INDEX, check_names, checkpoint_files, read_header, read_weight_map
+from ep2tp.errors import CheckpointError
+
+MAX_TEXT = 100_000_000
+"""Bytes that ep2tp reads of a JSON file."""
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
+
+FileTensors = tuple[str, Sequence[Origin], Mapping[str, str]]
+"""(name of the new file, its tensors in the order of their data, its metadata)."""
+
+
+class Source(Protocol):
+    """A checkpoint to read."""
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of the output's disk that :meth:`fetch` takes at a time."""
+
+    def identity(self) -> dict[str, Any]:
+        """What it is, for the manifest: JSON that changes when the checkpoint does."""
+
+    def files(self) -> Sequence[FileTensors]:
+        """The weight files in order. Reads headers only."""
+
+    def others(self) -> dict[str, int]:
+        """Bytes of each file that is carried over as it is, by path relative to the checkpoint."""
+
+    def read_text(self, name: str) -> bytes | None:
+        """A small file, or None where there is none."""
+
+    def fetch(self, name: str) -> AbstractContextManager[Path]:
+        """A file on this machine, for as long as the context lasts."""
+
+
+class LocalSource:
+    """A checkpoint folder.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        CheckpointError: it is no folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; name a checkpoint folder or a hub model (owner/name)")
+        self.folder = folder.resolve()
+        self.label = str(folder)
+        self.scratch = 0
+
+    def identity(self) -> dict[str, Any]:
+        """The folder, and each weight file's size and time of change."""
+        stats = {file.name: file.stat() for file in checkpoint_files(self.folder)}
+        return {
+            "path": str(self.folder),
+            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        }
+
+    def files(self) -> Sequence[FileTensors]:
+        """See :meth:`Source.files`.
+
+        Raises:
+            CheckpointError: a header, the index or a link is not to be trusted.
+        """
+        headers = {file.name: read_header(self._inside(file)) for file in checkpoint_files(self.folder)}
+        check_names(self.label, headers.values(), self.weight_map())
+        return [(name, origins_of(header), header.metadata) for name, header in headers.items()]
+
+    def weight_map(self) -> Mapping[str, str] | None:
+        """The index, where there is one."""
+        text = self.read_text(INDEX)
+        return None if text is None else read_weight_map(self.folder / INDEX, text)
+
+    def others(self) -> dict[str, int]:
+        """See :meth:`Source.others`: all but weights, the index, hidden files and what ep2tp writes itself."""
+        found = {}
+        for folder, folders, files in os.walk(self.folder):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                path = Path(folder) / name
+                relative = path.relative_to(self.folder).as_posix()
+                if is_carried(relative) and path.is_file():
+                    found[relative] = self._inside(path).stat().st_size
+        return found
+
+    def read_text(self, name: str) -> bytes | None:
+        """See :meth:`Source.read_text`.
+
+        Raises:
+            CheckpointError: the file is larger than any such file is, or a link out of the folder.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        if self._inside(path).stat().st_size > MAX_TEXT:
+            raise CheckpointError(f"{path}: larger than {MAX_TEXT} bytes; refused")
+        return path.read_bytes()
+
+    @contextmanager
+    def fetch(self, name: str) -> Iterator[Path]:
+        """The file itself."""
+        yield self._inside(self.folder / name)
+
+    def _inside(self, path: Path) -> Path:
+        """``path``, unless it leads out of the folder. The hub cache links each file to ../../blobs, which is fine."""
+        real = path.resolve()
+        blobs = self.folder.parents[1] / "blobs" if self.folder.parent.name == "snapshots" else self.folder
+        if self.folder not in real.parents and blobs not in real.parents:
+            raise CheckpointError(f"{path}: leads to {real}, outside of {self.folder}; refused")
+        return path
+
+
+def origins_of(header: Header) -> list[Origin]:
+    """The tensors of one file."""
+    return [Origin(tensor, (tensor,)) for tensor in header.tensors]
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file is carried over to the new checkpoint as it is."""
+    path = PurePosixPath(name)
+    is_hidden = any(part.startswith(".") for part in path.parts)
+    is_ours = name in ("config.json", INDEX, "ep2tp.json")
+    return not (is_hidden or is_ours or path.suffix in _WEIGHT_SUFFIXES or name.endswith(".index.json"))

@@ -1,0 +1,162 @@
+"""Plans the weights of a vLLM model, and grows the sizes in its configs where slices would cut a block."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ep2tp.checkpoint.reader import check_folder
+from ep2tp.engines.vllm import experts, seams
+from ep2tp.engines.vllm.launch import let_ray_copy_our_variables, seam_problem
+from ep2tp.engines.vllm.model_config import resolved_config
+from ep2tp.errors import LaunchError, ModelError, PatchError, SeamError
+from ep2tp.model.facts import ModelFacts, is_moe, read_facts
+from ep2tp.model.families import ClassName, find_family, load_families
+from ep2tp.model.locate import facts_of
+from ep2tp.model.sharding import ShardPlan, plan_shards
+from ep2tp.settings import Settings
+
+_NOTE = "ep2tp"  # attribute of hf_config by which a worker finds the plan
+_STREAMED = frozenset({"auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "pt", "npcache", "dummy"})
+
+
+class PlanNote(dict[str, Any]):
+    """What a worker needs to make the plan again. Being unpickled, it makes sure that the worker pads.
+
+    A worker without ep2tp cannot unpickle it and stops there, instead of loading unpadded weights into padded layers;
+    one whose plugins were filtered, or in which EP2TP is off, still gets the weights seam.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by the name of :func:`_restore_note`."""
+        return _restore_note, (dict(self),)
+
+
+def pad(vllm_config: Any, arguments: Any, settings: Settings, is_rewritten: bool) -> ShardPlan | None:
+    """Plan the weights of an MoE model, and grow the sizes in its configs where slices would cut a block.
+
+    Returns:
+        The plan; None for a model without routed experts, and, unless the launch was rewritten, for one that no patch
+        matches or whose config ep2tp cannot read: nothing is then changed.
+
+    Raises:
+        ModelError, CheckpointError: the model or its checkpoint does not match its config, or cannot be sliced.
+        LaunchError: padding is needed, and the load format does not stream its weights through vLLM's default loader.
+    """
+    model_config = vllm_config.model_config
+    if not model_config.is_moe:
+        return None
+    config = resolved_config(arguments, model_config.hf_config)
+    families = load_families(settings.patches, settings.patch_path)
+    if not is_moe(config) or find_family(config, families) is None:
+        return None
+    try:
+        facts = facts_of(config, str(arguments.model), families)
+    except ModelError:
+        if is_rewritten:
+            raise
+        return None
+    plan = _plan(facts, vllm_config)
+    if plan.unchecked and is_rewritten:
+        name, why = next(iter(plan.unchecked.items()))
+        raise ModelError(
+            f"{facts.source}: {name} weights are {why}, and slices over {plan.ranks} ranks might cut a scale group; "
+            "use fewer ranks, or run the launch as given with EP2TP=off"
+        )
+    if plan.is_padded:
+        _refuse_unpaddable(plan, vllm_config, settings)
+        _check_local_files(model_config, vllm_config.load_config, plan)
+        _grow(vllm_config, plan)
+        let_ray_copy_our_variables()
+    return plan
+
+
+def plan_of(model_config: Any, settings: Settings) -> ShardPlan | None:
+    """The plan by which a worker's model was built, from the note in its config; None where nothing is padded.
+
+    Raises:
+        PatchError: this worker does not have the patch that the launch used.
+    """
+    note = getattr(model_config.hf_config, _NOTE, None)
+    if note is None:
+        return None
+    families = load_families(settings.patches, settings.patch_path)
+    if note["family"] not in families:
+        raise PatchError(
+            f"{note['source']} was planned with patch {note['family']!r}, which this worker does not have; give every "
+            "node the same EP2TP_PATCHES and EP2TP_PATCH_PATH"
+        )
+    facts = read_facts(note["config"], families[note["family"]], note["matched_by"], note["source"])
+    return plan_shards(facts, note["ranks"], note["left_to_engine"], note["dense_ranks"])
+
+
+def _restore_note(note: dict[str, Any]) -> PlanNote:
+    from ep2tp.engines.vllm.plugin import pad_weights
+
+    seams.WEIGHTS.wrap(pad_weights)
+    return PlanNote(note)
+
+
+def _plan(facts: ModelFacts, vllm_config: Any) -> ShardPlan:
+    parallel = vllm_config.parallel_config
+    dense_ranks = parallel.tensor_parallel_size
+    ranks = dense_ranks * parallel.prefill_context_parallel_size * parallel.data_parallel_size
+    if parallel.enable_expert_parallel and ranks > 1:
+        kept: dict[ClassName, str] = {"routed": "whole experts on each rank"}
+        return plan_shards(facts, ranks, kept, dense_ranks)
+    handled = experts.left_to_engine(facts, ranks, vllm_config.kernel_config.moe_backend)
+    return plan_shards(facts, ranks, handled, dense_ranks)
+
+
+def _refuse_unpaddable(plan: ShardPlan, vllm_config: Any, settings: Settings) -> None:
+    sizes = ", ".join(f"{field} {before} -> {after}" for field, (before, after) in plan.fields.items())
+    needs = f"{plan.facts.source} needs padding over {plan.ranks} ranks ({sizes})"
+    load_format = vllm_config.load_config.load_format
+    if load_format not in _STREAMED:
+        raise LaunchError(
+            f"{needs}, which ep2tp does as weights stream from safetensors or PyTorch files through vLLM's default "
+            f"loader; --load-format {load_format} is another. Use --load-format auto, or a size that divides"
+        )
+    if problem := seam_problem(settings):
+        raise SeamError(f"{needs}, but {problem}. Use a tensor-parallel size that divides, or EP2TP=off")
+
+
+def _check_local_files(model_config: Any, load_config: Any, plan: ShardPlan) -> None:
+    """Check the headers of a local safetensors checkpoint now; all else is checked as it streams."""
+    folder = Path(model_config.model)
+    if load_config.load_format not in ("dummy", "pt", "npcache") and any(folder.glob("*.safetensors")):
+        check_folder(folder, plan)
+
+
+def _grow(vllm_config: Any, plan: ShardPlan) -> None:
+    """Write the padded sizes into the target's and an MTP draft's config; workers get copies of both."""
+    target = vllm_config.model_config
+    note = PlanNote(
+        family=plan.facts.family.name,
+        matched_by=plan.facts.matched_by,
+        source=plan.facts.source,
+        config=dict(plan.facts.config),
+        ranks=plan.ranks,
+        dense_ranks=vllm_config.parallel_config.tensor_parallel_size,
+        left_to_engine=dict(plan.left_to_engine),
+    )
+    models = [target]
+    draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
+    if draft is not None and draft is not target and draft.model == target.model:
+        models.append(draft)
+    for model in models:
+        for field, (before, after) in plan.fields.items():
+            _grow_field(model, field, before, after)
+        setattr(model.hf_config, _NOTE, note)
+
+
+def _grow_field(model_config: Any, field: str, before: int, after: int) -> None:
+    configs = [model_config.hf_config, model_config.hf_text_config]
+    if not any(getattr(config, field, None) in (before, after) for config in configs):
+        raise ModelError(
+            f"{model_config.model}: vLLM's config object has no {field}={before}, which config.json has, so ep2tp "
+            "cannot pad it; use a tensor-parallel size that divides it, or EP2TP=off"
+        )
+    for config in configs:
+        if getattr(config, field, None) == before:
+            setattr(config, field, after)

@@ -1,0 +1,59 @@
+"""Checkpoints that ep2tp wrote, in real vLLM on this CPU: the tokens of the source on one rank."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from ep2tp.checkpoint.reshard import reshard
+from ep2tp.demo.launch import EngineRun, run_engine
+from ep2tp.demo.tiny import TinyModel
+from tests.engines.conftest import tiny_model
+
+pytestmark = pytest.mark.engine
+
+MODEL = TinyModel("deepseek_v3", expert_size=75, shared_experts=2, dense_size=325)  # nothing of it divides by 2
+
+
+@pytest.fixture(scope="module")
+def source(tiny_models: Path) -> Path:
+    return tiny_model(tiny_models, MODEL)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_models: Path, source: Path) -> EngineRun:
+    return run(tiny_models, "resharded-reference", source, tp=1)
+
+
+def run(folder: Path, label: str, model: Path, tp: int, **options: object) -> EngineRun:
+    engine = {"model": str(model), "dtype": "float32", "tensor_parallel_size": tp, **options}
+    found = run_engine(folder, label, engine, "off")
+    assert found.result is not None, found.log[-3000:]
+    return found
+
+
+def test_padded_checkpoint_in_stock_vllm(tiny_models: Path, source: Path, reference: EngineRun) -> None:
+    reshard(source, tiny_models / "padded", tp=2)
+    padded = run(tiny_models, "resharded-padded", tiny_models / "padded", tp=2)
+    assert padded.result is not None and reference.result is not None
+    assert padded.result["tokens"] == reference.result["tokens"]
+
+
+def test_rank_files_in_vllm(tiny_models: Path, source: Path, reference: EngineRun) -> None:
+    folder = tiny_models / "ranks"
+    reshard(source, folder, tp=2, layout="ranks")
+    ranks = run(tiny_models, "resharded-ranks", folder, tp=2, load_format="ep2tp")
+    assert ranks.result is not None and reference.result is not None
+    assert ranks.result["tokens"] == reference.result["tokens"]
+    read = {int(rank): float(size) * 1e9 for rank, size in re.findall(r"rank (\d) of 2 read ([\d.]+) GB", ranks.log)}
+    manifest = json.loads((folder / "ep2tp.json").read_text())
+    sizes = {name: entry["size"] for name, entry in manifest["outputs"].items()}
+    for rank, size in read.items():
+        own = sum(sizes[name] for name in sizes if name.startswith((f"rank-{rank}-", "shared/")))
+        assert size <= 1.02 * own
+    assert sorted(read) == [0, 1]
