@@ -88,11 +88,14 @@ def test_speculation_with_an_mtp_layer_of_odd_size_runs(tiny_models: Path) -> No
     assert run.result["tokens"] == one_rank.result["tokens"]
 
 
-def test_plain_tp_launch_with_odd_sizes_runs(tiny_models: Path, reference: Callable[[str], EngineRun]) -> None:
-    run = engine_run(tiny_models, "deepseek_v3", "auto", tensor_parallel_size=2)
+@pytest.mark.parametrize("name", MODELS)
+def test_plain_tp_launch_with_odd_sizes_runs(
+    name: str, tiny_models: Path, reference: Callable[[str], EngineRun]
+) -> None:
+    run = engine_run(tiny_models, name, "auto", tensor_parallel_size=2)
     assert_tensor_parallel(run, 2)
     assert run.result is not None
-    assert run.result["tokens"] == reference("deepseek_v3").result["tokens"]  # type: ignore[index]
+    assert run.result["tokens"] == reference(name).result["tokens"]  # type: ignore[index]
     assert "left the launch's parallelism as it is" in run.ep2tp_lines[0]
 
 

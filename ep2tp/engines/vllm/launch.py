@@ -11,9 +11,6 @@ from ep2tp.engines.vllm import arguments as vllm_arguments
 from ep2tp.engines.vllm import seams
 from ep2tp.engines.vllm.model_config import read_model_config
 from ep2tp.errors import LaunchError, ModelError
-from ep2tp.model.facts import is_moe
-from ep2tp.model.families import load_families
-from ep2tp.model.locate import facts_of
 from ep2tp.rewrite import guard
 from ep2tp.rewrite.parallel_plan import Change, Limits, assumes_expert_parallelism, to_tensor_parallel
 from ep2tp.settings import Mode, Settings
@@ -39,6 +36,11 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
     decision = decide(settings.mode, trigger, processes * _gpus(arguments))
     if not decision.rewrite:
         return decision, []
+    # The patches' schema takes longest to import, and a launch that does not ask for expert parallelism needs none.
+    from ep2tp.model.facts import is_moe
+    from ep2tp.model.families import load_families
+    from ep2tp.model.locate import facts_of
+
     config = read_model_config(arguments)
     if config is None:
         problem = f"the config.json of {arguments.model} cannot be read, so its sizes cannot be checked"

@@ -33,19 +33,17 @@ class PlanNote(dict[str, Any]):
 
 
 def pad(vllm_config: Any, arguments: Any, settings: Settings, is_rewritten: bool) -> ShardPlan | None:
-    """Plan the weights of an MoE model, and grow the sizes in its configs where slices would cut a block.
+    """Plan the weights of a model with experts, and grow the sizes in its configs where slices would cut a block.
 
     Returns:
-        The plan; None for a model without routed experts, and, unless the launch was rewritten, for one that no patch
-        matches or whose config ep2tp cannot read: nothing is then changed.
+        The plan; None, unless the launch was rewritten, for a model that no patch matches or whose config ep2tp cannot
+        read: nothing is then changed.
 
     Raises:
         ModelError, CheckpointError: the model or its checkpoint does not match its config, or cannot be sliced.
         LaunchError: padding is needed, and the load format does not stream its weights through vLLM's default loader.
     """
     model_config = vllm_config.model_config
-    if not model_config.is_moe:
-        return None
     config = resolved_config(arguments, model_config.hf_config)
     families = load_families(settings.patches, settings.patch_path)
     if not is_moe(config) or find_family(config, families) is None:

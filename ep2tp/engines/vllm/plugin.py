@@ -68,7 +68,7 @@ def _create_engine_config(wrapped: Wrapped, instance: Any, args: Positional, kwa
     settings = Settings.from_environment()
     if settings.mode is Mode.OFF:
         return wrapped(*args, **kwargs)
-    from ep2tp.engines.vllm import launch, padding
+    from ep2tp.engines.vllm import launch
 
     decision, changes = launch.rewrite(instance, settings)
     if _served:
@@ -76,7 +76,11 @@ def _create_engine_config(wrapped: Wrapped, instance: Any, args: Positional, kwa
     if not decision.rewrite and not _is_api_server_child(instance):
         guard.disarm()  # an earlier launch of this process was rewritten, this one is not
     vllm_config = wrapped(*args, **kwargs)
-    plan = padding.pad(vllm_config, instance, settings, bool(changes))
+    plan = None
+    if vllm_config.model_config.is_moe:
+        from ep2tp.engines.vllm import padding
+
+        plan = padding.pad(vllm_config, instance, settings, bool(changes))
     if _is_reporter(instance) and (plan is not None or decision.asked):
         _report(decision, changes, plan, settings.kernel)
     return vllm_config
