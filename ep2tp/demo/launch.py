@@ -23,6 +23,7 @@ CPU_ENVIRONMENT = {
 }
 # What tells most about a failure, best first: the engine's own summary names no cause.
 _FAILURES = (
+    r"Segfault encountered",  # printed by vLLM's CPU kernels
     r"Worker proc .* died unexpectedly \(exit code: -?\d+\)",
     r"\bassert .*",
     r"\w+Error: (?!Engine core|Tokenizer).*",
