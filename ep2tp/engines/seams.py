@@ -16,9 +16,6 @@ from ep2tp.errors import SeamError
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-_wrapped: list[Seam] = []  # in this process
-
-
 @dataclass(frozen=True)
 class Seam:
     """One function of an engine that ep2tp wraps.
@@ -61,12 +58,20 @@ class Seam:
             *path, last = self.attribute.split(".")
             for name in path:
                 owner = getattr(owner, name, None)
-            if owner is None or not hasattr(owner, last) or self in _wrapped:
+            if owner is None or not hasattr(owner, last) or _is_wrapped_by(wrapper, vars(owner).get(last)):
                 return  # a missing seam is reported by problem() before anything relies on it
-            _wrapped.append(self)
             wrapt.wrap_function_wrapper(owner, last, wrapper)
 
         wrapt.register_post_import_hook(install, self.module)
+
+
+def _is_wrapped_by(wrapper: Wrapper, function: Any) -> bool:
+    """Whether ``wrapper`` is among the wrappers of a function; others may have wrapped it before or since."""
+    while isinstance(function, wrapt.FunctionWrapper):
+        if function._self_wrapper is wrapper:
+            return True
+        function = function.__wrapped__
+    return False
 
 
 def problem(

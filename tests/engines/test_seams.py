@@ -84,6 +84,19 @@ def test_wrapping_twice_wraps_once(engine: Any) -> None:
     assert calls == [("c", "m")]
 
 
+def test_a_function_that_someone_else_wrapped_is_wrapped_too(engine: Any) -> None:
+    def theirs(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        return ["theirs", *wrapped(*args, **kwargs)]
+
+    def ours(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        return ["ours", *wrapped(*args, **kwargs)]
+
+    seam().wrap(theirs)
+    seam().wrap(ours)
+    seam().wrap(theirs)
+    assert engine.Loader().load("c", "m") == ["ours", "theirs", "c", "m"]
+
+
 def test_a_module_that_is_not_imported_yet_is_wrapped_when_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

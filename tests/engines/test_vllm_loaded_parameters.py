@@ -47,20 +47,6 @@ from tests.quantised import Stored, Tensors
 HIDDEN, EXPERTS = 256, 2
 Weights = list[tuple[str, torch.Tensor]]
 
-ROUTED_FORMATS = [
-    quantised.BF16,
-    quantised.FP8_BLOCK,
-    quantised.COMPRESSED_FP8_BLOCK,
-    quantised.COMPRESSED_FP8_CHANNEL,
-    quantised.INT4_GROUP32,
-    quantised.INT4_GROUP128,
-    quantised.COMPRESSED_NVFP4,
-    quantised.MODELOPT_NVFP4,
-    quantised.COMPRESSED_MXFP4,
-    quantised.DEEPSEEK_V4_MXFP4,
-    quantised.GPTQ,
-    quantised.AWQ,
-]
 LINEAR_FORMATS = [
     quantised.BF16,
     quantised.FP8_BLOCK,
@@ -72,6 +58,7 @@ LINEAR_FORMATS = [
     quantised.MODELOPT_NVFP4,
     quantised.COMPRESSED_MXFP4,
 ]
+ROUTED_FORMATS = [*LINEAR_FORMATS, quantised.DEEPSEEK_V4_MXFP4, quantised.GPTQ, quantised.AWQ]
 ROUTED_SHAPES = [
     *((1408, ranks) for ranks in (2, 3, 4, 6, 8)),
     *((1536, ranks) for ranks in (8, 16)),

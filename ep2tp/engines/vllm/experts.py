@@ -7,6 +7,7 @@ from math import gcd
 from typing import Any
 
 from ep2tp.errors import SeamError
+from ep2tp.layout.split import refine
 from ep2tp.model.facts import ModelFacts, TensorClass
 from ep2tp.model.families import ClassName
 
@@ -28,19 +29,19 @@ def left_to_engine(facts: ModelFacts, ranks: int, moe_backend: str) -> dict[Clas
     known = facts.family.exact_in.get("vllm", {})
     handled = {c.name: known[c.name] for c in uneven if c.name in known}
     routed = next((c for c in uneven if c.name == "routed"), None)
-    if routed is not None and moe_backend in ("auto", "triton") and _refines(facts, routed, ranks):
-        block = gcd(routed.block, routed.size // ranks, facts.expert_hidden)
+    if routed is not None and moe_backend in ("auto", "triton") and (block := _refined_block(facts, routed, ranks)):
         handled["routed"] = f"vLLM repeats the scales on a {block}x{block} grid (exact, Triton kernels)"
     return handled
 
 
-def _refines(facts: ModelFacts, routed: TensorClass, ranks: int) -> bool:
-    """Whether ``Fp8MoEMethod`` of the installed vLLM (0.32 and later) refines this shape."""
+def _refined_block(facts: ModelFacts, routed: TensorClass, ranks: int) -> int | None:
+    """The block to which ``Fp8MoEMethod`` of the installed vLLM (0.32 and later) refines this shape, or None."""
     if facts.quantization.method != "fp8" or routed.format_names != f"fp8_block{routed.block}":
-        return False
-    if gcd(routed.block, routed.size // ranks, facts.expert_hidden) < _FINEST_BLOCK:
-        return False
-    return hasattr(importlib.import_module(_FP8_ORACLE), "refine_fp8_moe_block_shape")
+        return None
+    if not hasattr(importlib.import_module(_FP8_ORACLE), "refine_fp8_moe_block_shape"):
+        return None
+    block = refine(routed.size, gcd(routed.block, facts.expert_hidden), ranks)
+    return block if block is not None and block >= _FINEST_BLOCK else None
 
 
 def audit(model: Any) -> None:
