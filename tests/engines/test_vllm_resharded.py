@@ -53,7 +53,7 @@ def test_padded_checkpoint_is_served_by_stock_vllm(tmp_path: Path, reference: En
     assert reference.result is not None and tokens == reference.result["tokens"]
     assert "tensors equal" in text and "Worker_TP1" in text and "ep2tp 0" not in text
     config = json.loads((tmp_path / "padded" / "config.json").read_text())
-    assert (config["moe_intermediate_size"], config["intermediate_size"]) == (76, 326)
+    assert (config["moe_intermediate_size"], config["intermediate_size"]) == (80, 336)
 
 
 def test_rank_files_in_vllm(tiny_models: Path, source: Path, reference: EngineRun) -> None:
