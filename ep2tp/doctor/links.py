@@ -1,0 +1,63 @@
+"""How the GPUs are linked: NVLink, PCIe generation and width, and what each pair shares."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from ep2tp.doctor.finding import Finding, Level
+from ep2tp.doctor.machine import Gpu, Machine
+
+CHECK = "links"
+
+
+def check_links(machine: Machine) -> Iterator[Finding]:
+    """Findings on links; none without two GPUs."""
+    if len(machine.gpus) > 1:
+        yield _nvlink(machine)
+        yield from _shared(machine)
+    for i, gpu in enumerate(machine.gpus):
+        yield from _pcie(i, gpu, machine.is_all_nvlink)
+
+
+def _nvlink(machine: Machine) -> Finding:
+    joined = sum(pair.reported.get("nvlink") == "ok" for pair in machine.pairs)
+    if machine.is_all_nvlink:
+        why = "expert parallelism may be the better plan here at large batches; EP2TP=auto leaves launches as they are"
+        return Finding(CHECK, Level.OK, f"NVLink joins all {len(machine.gpus)} GPUs", why)
+    why = "EP2TP=auto rewrites expert-parallel launches here: their dispatch would cross PCIe"
+    if joined:
+        what = f"NVLink joins {joined} of {len(machine.pairs)} pairs of GPUs"
+        do = "a launch on GPUs that are all joined: CUDA_VISIBLE_DEVICES, listing them"
+        return Finding(CHECK, Level.NOTE, what, why, do)
+    return Finding(CHECK, Level.OK, f"no NVLink between the {len(machine.gpus)} GPUs", why)
+
+
+def _shared(machine: Machine) -> Iterator[Finding]:
+    counts = Counter(pair.ancestor or "not told" for pair in machine.pairs)
+    shown = ", ".join(f"{name}: {count} pair{'s' * (count > 1)}" for name, count in counts.items())
+    if counts["across NUMA nodes"] and not machine.is_all_nvlink:
+        why = "those pairs talk through the link between CPU sockets, which every all_reduce then waits for"
+        yield Finding(CHECK, Level.NOTE, f"nearest common ancestor: {shown}", why, "prefer GPUs of one socket for small tensor-parallel sizes")
+    else:
+        yield Finding(CHECK, Level.OK, f"nearest common ancestor: {shown}")
+
+
+def _pcie(i: int, gpu: Gpu, is_all_nvlink: bool) -> Iterator[Finding]:
+    level = Level.NOTE if is_all_nvlink else Level.DEGRADED
+    width, most = gpu.pcie_width, gpu.pcie_width_max
+    if width is None or most is None or gpu.pcie_generation is None or gpu.pcie_generation_max is None:
+        yield Finding(CHECK, Level.UNCHECKED, f"GPU {i} ({gpu.bus_id}): the driver does not tell its PCIe link")
+        return
+    place = f"GPU {i} ({gpu.bus_id})"
+    if width < most:
+        why = "all_reduce over PCIe is as fast as the narrowest link"
+        yield Finding(CHECK, level, f"{place}: PCIe x{width}, where x{most} is possible", why, "reseat the card, or see the slot, riser and bifurcation settings")
+    if gpu.pcie_generation < gpu.pcie_generation_max:
+        what = f"{place}: PCIe generation {gpu.pcie_generation} now, {gpu.pcie_generation_max} at most"
+        yield Finding(CHECK, Level.NOTE, what, "idle GPUs slow their link down; under load it should be at most", "look again while it computes")
+    elif (gpu.pcie_generation_gpu or 0) > gpu.pcie_generation_max:
+        what = f"{place}: PCIe generation {gpu.pcie_generation_max}, where the GPU could do {gpu.pcie_generation_gpu}"
+        yield Finding(CHECK, Level.NOTE, what, "the slot, a riser or the BIOS holds it back", "see the slot and the BIOS' link speed setting")
+    elif width == most:
+        yield Finding(CHECK, Level.OK, f"{place}: PCIe generation {gpu.pcie_generation} x{width}, the most there is")
