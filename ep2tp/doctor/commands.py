@@ -1,7 +1,7 @@
 """``ep2tp doctor``.
 
-Exit codes: 0 ready, 1 degraded (works, but slower or with less than this machine has), 2 blocked (a launch fails, hangs or
-computes garbage until it is mended), as for wrong usage. What could not be checked changes nothing.
+Exit codes: 0 ready, 1 degraded (works, but slower or with less than this machine has), 2 blocked (a launch fails, hangs
+or computes garbage until it is mended), as for wrong usage. What could not be checked changes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ import click
 
 
 @click.command("doctor")
-@click.option("--folder", type=click.Path(exists=True, file_okay=False, path_type=Path), help="A model's folder: measure its disk.")
+@click.option(
+    "--folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A model's folder: measure its disk.",
+)
 @click.option("--fresh", "is_fresh", is_flag=True, help="Probe P2P again instead of using what an earlier run proved.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object.")
 def doctor_command(folder: Path | None, is_fresh: bool, as_json: bool) -> None:

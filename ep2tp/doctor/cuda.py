@@ -1,4 +1,4 @@
-"""The few calls of the CUDA driver API that the P2P probe needs, by ctypes: neither torch nor a compiler is required."""
+"""The few calls of the CUDA driver API that the P2P probe needs, by ctypes: it takes neither torch nor a compiler."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.machinery import PathFinder
 
 from ep2tp.doctor.finding import Finding, Level
+from ep2tp.doctor.libraries import is_installed
 
 CHECK = "engines"
 _NAMES = {"vllm": "vLLM", "sglang": "SGLang"}
@@ -18,29 +18,48 @@ LIMIT_S = 120.0
 
 def check_engines(limit_s: float = LIMIT_S) -> Iterator[Finding]:
     """One finding for each engine, checked in a process that is ended after ``limit_s``."""
-    installed = [name for name in _NAMES if PathFinder.find_spec(name) is not None]
+    installed = [name for name in _NAMES if is_installed(name)]
     for name in installed:
         yield _check(name, limit_s)
     if not installed:
         why = "ep2tp works inside vLLM or SGLang; nothing of them can be checked"
-        yield Finding(CHECK, Level.DEGRADED, f"neither vLLM nor SGLang is installed beside {sys.executable}", why, "pip install vllm, in the environment that serves")
+        yield Finding(
+            CHECK,
+            Level.DEGRADED,
+            f"neither vLLM nor SGLang is installed beside {sys.executable}",
+            why,
+            "pip install vllm, in the environment that serves",
+        )
 
 
 def _check(name: str, limit_s: float) -> Finding:
     title = _NAMES[name]
-    if importlib.util.find_spec(f"ep2tp.engines.{name}.seams") is None:
+    if importlib.util.find_spec(f"ep2tp.engines.{name}.launch") is None:
         why = "ep2tp rewrite prints the tensor-parallel command for it"
         return Finding(CHECK, Level.NOTE, f"{title} is installed; this version of ep2tp has no plugin for it", why)
     command = [sys.executable, "-m", "ep2tp.doctor.seam_check", name]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
-        return Finding(CHECK, Level.BLOCKED, f"{title} is installed, but importing it takes over {limit_s:.0f} s", "it cannot start")
+        return Finding(
+            CHECK,
+            Level.BLOCKED,
+            f"{title} is installed, but importing it takes over {limit_s:.0f} s",
+            "it cannot start",
+        )
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
-        return Finding(CHECK, Level.BLOCKED, f"{title} is installed, but cannot be imported: {reason}", "it cannot start")
+        return Finding(
+            CHECK, Level.BLOCKED, f"{title} is installed, but cannot be imported: {reason}", "it cannot start"
+        )
     found = json.loads(run.stdout.splitlines()[-1])
     if found["problem"]:
         why = "ep2tp warns and leaves launches of this engine as they are"
-        return Finding(CHECK, Level.DEGRADED, f"{title} {found['version']}: {found['problem']}", why, "use a version that ep2tp knows, or a newer ep2tp")
-    return Finding(CHECK, Level.OK, f"{title} {found['version']}: all {found['seams']} seams of ep2tp hold")
+        return Finding(
+            CHECK,
+            Level.DEGRADED,
+            f"{title} {found['version']}: {found['problem']}",
+            why,
+            "use a version that ep2tp knows, or a newer ep2tp",
+        )
+    return Finding(CHECK, Level.OK, f"{title} {found['version']}: a version that ep2tp knows, and its seams hold")

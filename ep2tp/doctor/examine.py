@@ -34,7 +34,9 @@ def examine(machine: Machine, folder: Path | None, is_fresh: bool, root: Path = 
     proofs, is_cached = proofs_of(machine, is_fresh)
     yield from check_transfers(machine, proofs)
     if is_cached and proofs:
-        yield Finding(P2P, Level.NOTE, "P2P was probed earlier, with this driver and these GPUs", "", "--fresh probes again")
+        yield Finding(
+            P2P, Level.NOTE, "P2P was probed earlier, with this driver and these GPUs", "", "--fresh probes again"
+        )
     elif not machine.pairs:
         yield Finding(P2P, Level.UNCHECKED, "P2P: that takes two GPUs")
     yield from check_isolation(machine, root)

@@ -12,7 +12,7 @@ from ep2tp.doctor.machine import Machine
 CHECK = "ACS and IOMMU"
 _EXTENDED, _ACS = 0x100, 0x0D
 _REDIRECTS = 0x4 | 0x8 | 0x10  # P2P request redirect, completion redirect, upstream forwarding (PCIe 6.12.1.1)
-_WHY = "GPU-to-GPU traffic over PCIe is sent up to the root complex; hangs and slow NCCL are reported (NCCL issues 1999, 2079)"
+_WHY = "GPU-to-GPU traffic over PCIe is sent up to the root complex; users report hangs (NVIDIA/nccl issues 1999, 2079)"
 
 
 def check_isolation(machine: Machine, root: Path) -> Iterator[Finding]:
@@ -34,7 +34,9 @@ def _iommu(machine: Machine, root: Path) -> Finding:
         return Finding(CHECK, Level.OK, f"the IOMMU passes the GPUs' addresses through{shown}")
     what = f"the IOMMU translates the GPUs' addresses: {', '.join(sorted(kinds))}{shown}"
     level = Level.NOTE if machine.is_all_nvlink else Level.DEGRADED
-    return Finding(CHECK, level, what, _WHY, "add iommu=pt to the kernel's command line, or turn the IOMMU off in the BIOS")
+    return Finding(
+        CHECK, level, what, _WHY, "add iommu=pt to the kernel's command line, or turn the IOMMU off in the BIOS"
+    )
 
 
 def _acs(machine: Machine, root: Path) -> Iterator[Finding]:

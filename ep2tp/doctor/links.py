@@ -38,7 +38,13 @@ def _shared(machine: Machine) -> Iterator[Finding]:
     shown = ", ".join(f"{name}: {count} pair{'s' * (count > 1)}" for name, count in counts.items())
     if counts["across NUMA nodes"] and not machine.is_all_nvlink:
         why = "those pairs talk through the link between CPU sockets, which every all_reduce then waits for"
-        yield Finding(CHECK, Level.NOTE, f"nearest common ancestor: {shown}", why, "prefer GPUs of one socket for small tensor-parallel sizes")
+        yield Finding(
+            CHECK,
+            Level.NOTE,
+            f"nearest common ancestor: {shown}",
+            why,
+            "prefer GPUs of one socket for small tensor-parallel sizes",
+        )
     else:
         yield Finding(CHECK, Level.OK, f"nearest common ancestor: {shown}")
 
@@ -52,12 +58,30 @@ def _pcie(i: int, gpu: Gpu, is_all_nvlink: bool) -> Iterator[Finding]:
     place = f"GPU {i} ({gpu.bus_id})"
     if width < most:
         why = "all_reduce over PCIe is as fast as the narrowest link"
-        yield Finding(CHECK, level, f"{place}: PCIe x{width}, where x{most} is possible", why, "reseat the card, or see the slot, riser and bifurcation settings")
+        yield Finding(
+            CHECK,
+            level,
+            f"{place}: PCIe x{width}, where x{most} is possible",
+            why,
+            "reseat the card, or see the slot, riser and bifurcation settings",
+        )
     if gpu.pcie_generation < gpu.pcie_generation_max:
         what = f"{place}: PCIe generation {gpu.pcie_generation} now, {gpu.pcie_generation_max} at most"
-        yield Finding(CHECK, Level.NOTE, what, "idle GPUs slow their link down; under load it should be at most", "look again while it computes")
+        yield Finding(
+            CHECK,
+            Level.NOTE,
+            what,
+            "idle GPUs slow their link down; under load it should be at most",
+            "look again while it computes",
+        )
     elif (gpu.pcie_generation_gpu or 0) > gpu.pcie_generation_max:
         what = f"{place}: PCIe generation {gpu.pcie_generation_max}, where the GPU could do {gpu.pcie_generation_gpu}"
-        yield Finding(CHECK, Level.NOTE, what, "the slot, a riser or the BIOS holds it back", "see the slot and the BIOS' link speed setting")
+        yield Finding(
+            CHECK,
+            Level.NOTE,
+            what,
+            "the slot, a riser or the BIOS holds it back",
+            "see the slot and the BIOS' link speed setting",
+        )
     elif width == most:
         yield Finding(CHECK, Level.OK, f"{place}: PCIe generation {gpu.pcie_generation} x{width}, the most there is")

@@ -1,9 +1,9 @@
 """Moves bytes between two GPUs and checks every one: ``python -m ep2tp.doctor.probe BUS_ID BUS_ID``.
 
-A process of its own, so that a hang of the driver can be ended. Prints one JSON object a line: ``{"begins": step}`` before
-a step, ``{"step": ..., "proven": true}`` or ``{..., "proven": false, "because": ...}`` after it; so the last line names
-the step that never came back. A step whose target held the right bytes beforehand would prove nothing: each target is
-filled with other bytes, and the check is seen to refuse those first.
+A process of its own, so that a hang of the driver can be ended. Prints one JSON object a line: ``{"begins": step}``
+before a step, ``{"step": ..., "proven": true}`` or ``{..., "proven": false, "because": ...}`` after it; so the last
+line names a step that never came back. A target that held the right bytes beforehand would prove nothing: each is
+filled with other bytes, and seen to hold others, first.
 """
 
 from __future__ import annotations

@@ -11,7 +11,13 @@ from rich.text import Text
 
 from ep2tp.doctor.finding import Finding, Level, verdict
 
-_STYLES = {Level.OK: "green", Level.NOTE: "cyan", Level.UNCHECKED: "dim", Level.DEGRADED: "yellow", Level.BLOCKED: "bold red"}
+_STYLES = {
+    Level.OK: "green",
+    Level.NOTE: "cyan",
+    Level.UNCHECKED: "dim",
+    Level.DEGRADED: "yellow",
+    Level.BLOCKED: "bold red",
+}
 
 
 def print_report(findings: Sequence[Finding], console: Console) -> None:

@@ -9,16 +9,14 @@ import importlib
 import json
 import sys
 
+from ep2tp.settings import Settings
+
 
 def main() -> None:
-    """Print ``{"version": ..., "problem": null or words, "seams": count}`` as the last line."""
-    name = sys.argv[1]
-    engine = importlib.import_module(name)
-    seams = importlib.import_module(f"ep2tp.engines.{name}.seams")
-    from ep2tp.engines.seams import problem
-
-    found = problem(name, engine.__version__, seams.VERSIONS, seams.ALL, strict=False, insists=False)
-    print(json.dumps({"version": engine.__version__, "problem": found, "seams": len(seams.ALL)}))
+    """Print ``{"version": ..., "problem": null or words}`` as the last line."""
+    engine = importlib.import_module(sys.argv[1])
+    launch = importlib.import_module(f"ep2tp.engines.{sys.argv[1]}.launch")
+    print(json.dumps({"version": engine.__version__, "problem": launch.seam_problem(Settings())}))
 
 
 if __name__ == "__main__":

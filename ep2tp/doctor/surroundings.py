@@ -27,7 +27,9 @@ def check_registry(root: Path) -> Iterator[Finding]:
     except OSError:
         return
     match = re.search(r'^RegistryDwords: "(.*)"', text, re.MULTILINE)
-    options = [word for word in re.split(r"[;,]\s*", match[1] if match else "") if word.partition("=")[0] in _P2P_OPTIONS]
+    options = [
+        word for word in re.split(r"[;,]\s*", match[1] if match else "") if word.partition("=")[0] in _P2P_OPTIONS
+    ]
     if options:
         why = "the driver then reports P2P that it did not check; only proven P2P counts"
         yield Finding(CHECK, Level.NOTE, f"the driver is told to force P2P: {'; '.join(options)}", why)
@@ -40,7 +42,9 @@ def check_variables(environment: Mapping[str, str] = os.environ) -> Iterator[Fin
         yield Finding(CHECK, Level.NOTE, "set: " + ", ".join(f"{name}={environment[name]}" for name in given))
     for name, effect in _SLOWING.items():
         if environment.get(name, "0") != "0":
-            yield Finding(CHECK, Level.DEGRADED, f"{name}={environment[name]}: {effect}", "", "unset it unless P2P is broken here")
+            yield Finding(
+                CHECK, Level.DEGRADED, f"{name}={environment[name]}: {effect}", "", "unset it unless P2P is broken here"
+            )
 
 
 def check_shared_memory(machine: Machine, folder: Path = Path("/dev/shm")) -> Iterator[Finding]:

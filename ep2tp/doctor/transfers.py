@@ -132,7 +132,13 @@ def _of_pair(pair: Pair, proof: Proof, is_nvlink: bool) -> Iterator[Finding]:
     else:
         why = "GPUs exchange data through host memory: every all_reduce crosses PCIe twice"
         do = "on GeForce and some workstation boards a driver with P2P enabled (its ForceP2P options) or a PCIe switch"
-        yield Finding(CHECK, Level.NOTE if is_nvlink else Level.DEGRADED, f"no P2P ({_words(pair)}); copies through the host are proven", why, do)
+        yield Finding(
+            CHECK,
+            Level.NOTE if is_nvlink else Level.DEGRADED,
+            f"no P2P ({_words(pair)}); copies through the host are proven",
+            why,
+            do,
+        )
 
 
 def _atomics(proof: Proof) -> Finding:

@@ -33,7 +33,9 @@ class _Plans(click.ParamType[frozenset[str]]):
 @click.command("detect")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as one JSON object.")
-@click.option("--expect", type=_Plans(), metavar="PLAN", help="Exit with 3 unless this plan (or one of tp,tep,...) is active.")
+@click.option(
+    "--expect", type=_Plans(), metavar="PLAN", help="Exit with 3 unless this plan (or one of tp,tep,...) is active."
+)
 def detect_command(sources: tuple[str, ...], as_json: bool, expect: frozenset[str] | None) -> None:
     """Say which parallel plan an engine runs, and why: TP, TEP, DEP or a mixture.
 

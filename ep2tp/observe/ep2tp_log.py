@@ -24,13 +24,22 @@ def _change(match: re.Match[str]) -> Reading:
 
 
 SIGNS = (
-    Sign("rewrote", "rewrote this launch", message(r"ep2tp (?P<version>\S+) rewrote this launch to tensor parallelism: (?P<why>.*)"), _rewrote),
+    Sign(
+        "rewrote",
+        "rewrote this launch",
+        message(r"ep2tp (?P<version>\S+) rewrote this launch to tensor parallelism: (?P<why>.*)"),
+        _rewrote,
+    ),
     Sign("left", "left the launch's", message(r"ep2tp \S+ left the launch's parallelism as it is: (?P<why>.*)"), _left),
     Sign(
-        "change", "plugin.py:",
-        re.compile(r"\[plugin\.py:\d+\] (?P<setting>--[\w-]+) {2,}(?P<before>\S.*?) {2,}(?P<after>\S.*?) {2,}(?P<why>\S.*)"), _change,
+        "change",
+        "plugin.py:",
+        re.compile(
+            r"\[plugin\.py:\d+\] (?P<setting>--[\w-]+) {2,}(?P<before>\S.*?) {2,}(?P<after>\S.*?) {2,}(?P<why>\S.*)"
+        ),
+        _change,
     ),
-)  # fmt: skip
+)
 
 
 def conclude(seen: dict[str, Evidence]) -> None:

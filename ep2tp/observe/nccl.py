@@ -29,7 +29,7 @@ _KINDS = {
     "Gather": "gather",
     "Scatter": "scatter",
 }
-# ncclDataType_t of nccl.h: int8, uint8, int32, uint32, int64, uint64, float16, float32, float64, bfloat16, fp8 e4m3, e5m2.
+# ncclDataType_t in nccl.h: (u)int8, (u)int32, (u)int64, float16, float32, float64, bfloat16, float8 e4m3 and e5m2.
 _BYTES = (1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1)
 
 
@@ -54,7 +54,7 @@ class _Exchange:
 
     @property
     def is_all_to_all(self) -> bool:
-        """Whether the rank exchanged with every other; two ranks of a pipeline may, too, so there it takes itself along."""
+        """Whether it exchanged with every other; of two, with itself as well, since two of a pipeline exchange, too."""
         both = self.sent_to & self.received_from
         return len(both) == self.ranks or (self.ranks > 2 and len(both) == self.ranks - 1)
 
@@ -117,7 +117,9 @@ class NcclLog:
             number, line = self._line_of(reading)
             yield Evidence(reading, _excerpt(line), number)
         counted = f"rank {self._rank}: {self._tally.common()}"
-        yield Evidence(Reading("collectives by kind and bytes, the most frequent ones", strength=Strength.NOTE), counted)
+        yield Evidence(
+            Reading("collectives by kind and bytes, the most frequent ones", strength=Strength.NOTE), counted
+        )
         if step := self._tally.step():
             says = "one step, which the end of the log repeats (of the calls that NCCL sees)"
             yield Evidence(Reading(says, strength=Strength.NOTE), in_words(step))

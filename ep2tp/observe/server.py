@@ -42,7 +42,9 @@ def read_server(url: str) -> Iterator[Evidence]:
         yield from _sglang_info(info)
         return
     if not (models := _ask(base, "/v1/models")):
-        raise SourceError(f"{url}: answers neither /server_info nor /v1/models; name the base URL of a vLLM or SGLang server")
+        raise SourceError(
+            f"{url}: answers neither /server_info nor /v1/models; name the base URL of a vLLM or SGLang server"
+        )
     yield from _fingerprint(base, models)
 
 
@@ -52,7 +54,8 @@ def _vllm_config(config: dict[str, Any]) -> Iterator[Evidence]:
     tp, dp, pcp = (int(parallel.get(name) or 1) for name in names)
     is_expert_parallel = bool(parallel.get("enable_expert_parallel"))
     backend = parallel.get("all2all_backend")
-    text = f"/server_info: tensor_parallel_size={tp}, data_parallel_size={dp}, enable_expert_parallel={is_expert_parallel}, all2all_backend={backend}"
+    sizes = f"tensor_parallel_size={tp}, data_parallel_size={dp}, enable_expert_parallel={is_expert_parallel}"
+    text = f"/server_info: {sizes}, all2all_backend={backend}"
     yield Evidence(vllm_layout(tp, dp, pcp, is_expert_parallel, backend), text, None, "vllm")
 
 
@@ -85,7 +88,9 @@ def _ask(base: str, path: str, body: dict[str, Any] | None = None) -> dict[str, 
             found = json.loads(answer.read(_LARGEST_ANSWER))
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            raise SourceError(f"{base}{path}: the server wants an API key ({error.code}); give its boot log instead") from None
+            raise SourceError(
+                f"{base}{path}: the server wants an API key ({error.code}); give its boot log instead"
+            ) from None
         return None
     except (OSError, urllib.error.URLError) as error:
         raise SourceError(f"{base}: no server answers ({getattr(error, 'reason', error)})") from None

@@ -30,7 +30,16 @@ def server_args_reading(value: dict[str, object]) -> Reading | None:
     )
 
 
-_KEYS = ("tp_size", "ep_size", "moe_a2a_backend", "attn_dp_size", "enable_dp_attention", "dp_size", "moe_dp_size", "dwdp_size")  # fmt: skip
+_KEYS = (
+    "tp_size",
+    "ep_size",
+    "moe_a2a_backend",
+    "attn_dp_size",
+    "enable_dp_attention",
+    "dp_size",
+    "moe_dp_size",
+    "dwdp_size",
+)
 # A dict's repr since 0.5.20, a dataclass's before.
 _ARGUMENT = re.compile(r"(?<![\w])'?(" + "|".join(_KEYS) + r")'?(?:=|: )(?:<[^:>]*: )?'?([\w.-]+)")
 
@@ -52,28 +61,42 @@ def _adjusted(match: re.Match[str]) -> Reading:
 
 SIGNS = (
     Sign(
-        "server_args", "server_args=", message(r"server_args=(?P<arguments>(?:ServerArgs\(|\{).*)"), _server_args,
-        is_last_valid=True, checked=("entrypoints/engine.py", "server_args="),
+        "server_args",
+        "server_args=",
+        message(r"server_args=(?P<arguments>(?:ServerArgs\(|\{).*)"),
+        _server_args,
+        is_last_valid=True,
+        origin=("entrypoints/engine.py", "server_args="),
     ),
     Sign(
-        "scheduler", " TP", re.compile(r"^.{0,80}?\[\d{4}-\d\d-\d\d [\d:.]+(?P<tags>(?: [A-Z_]+\d+)+)\] "),
+        "scheduler",
+        " TP",
+        re.compile(r"^.{0,80}?\[\d{4}-\d\d-\d\d [\d:.]+(?P<tags>(?: [A-Z_]+\d+)+)\] "),
         lambda match: sglang_scheduler(tags(match["tags"])),
-        checked=("managers/scheduler.py", 'prefix += f" EP{shown_moe_ep}"'),
+        origin=("managers/scheduler.py", 'prefix += f" EP{shown_moe_ep}"'),
     ),
     Sign(
-        "adjusted", "The expert parallel size", message(r"(?P<name>\S.{0,40}?) (?:MoE|MegaMOE) is enabled\. The expert parallel size"),
-        _adjusted, checked=("arg_groups/overrides.py", "MoE is enabled. The expert parallel size "),
+        "adjusted",
+        "The expert parallel size",
+        message(r"(?P<name>\S.{0,40}?) (?:MoE|MegaMOE) is enabled\. The expert parallel size"),
+        _adjusted,
+        origin=("arg_groups/overrides.py", "MoE is enabled. The expert parallel size "),
     ),
     Sign(
-        "dwdp", "DWDP enabled: ", message(r"DWDP enabled: dwdp_size="),
+        "dwdp",
+        "DWDP enabled: ",
+        message(r"DWDP enabled: dwdp_size="),
         always(Reading("DWDP: whole experts under data-parallel attention", DEP)),
-        checked=("", 'f"DWDP enabled: dwdp_size='),
+        origin=("", 'f"DWDP enabled: dwdp_size='),
     ),
     Sign(
-        "warmup", "warmup completed", message(r"NCCL/RCCL/HCCL warmup completed in .*ep_size=(?P<ep>\d+)\)"), _warmup,
-        checked=("distributed/bootstrap.py", 'f"NCCL/RCCL/HCCL warmup completed in {warmup_elapsed:.3f}s "'),
+        "warmup",
+        "warmup completed",
+        message(r"NCCL/RCCL/HCCL warmup completed in .*ep_size=(?P<ep>\d+)\)"),
+        _warmup,
+        origin=("distributed/bootstrap.py", 'f"NCCL/RCCL/HCCL warmup completed in {warmup_elapsed:.3f}s "'),
     ),
-)  # fmt: skip
+)
 
 
 def conclude(seen: dict[str, Evidence]) -> None:

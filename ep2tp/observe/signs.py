@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from ep2tp.observe.evidence import Reading
 
-# Where a message begins: the line's start, after a logger's prefix, or as a field of a JSON log. Elsewhere the same words
-# are somebody's prompt, or code in a traceback.
+# Where a message begins: the line's start, after a logger's prefix, or as a field of a JSON log. Elsewhere the same
+# words are somebody's prompt, or code in a traceback.
 MESSAGE = r"(?:^|\] |\"(?:message|msg)\": ?\")"
 
 
@@ -23,7 +23,7 @@ class Sign:
         pattern: what the line looks like, without colours.
         read: what a match says, or None where it says nothing.
         is_last_valid: a later line of this kind replaces an earlier one, instead of adding to it.
-        checked: for strings of an engine, (source file, words) to find in it; what the tests compare with its releases.
+        origin: where an engine has the words: (file or folder below its package, words); tests look them up there.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Sign:
     pattern: re.Pattern[str]
     read: Callable[[re.Match[str]], Reading | None]
     is_last_valid: bool = False
-    checked: tuple[str, str] | None = None
+    origin: tuple[str, str] | None = None
 
 
 def message(pattern: str) -> re.Pattern[str]:

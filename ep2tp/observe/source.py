@@ -15,7 +15,9 @@ from ep2tp.errors import SourceError
 from ep2tp.observe.evidence import Evidence
 
 _PEEK = 1 << 16
-_TRACE = re.compile(rb'^\s*(?:\{.*"(?:traceEvents|schemaVersion|deviceProperties|baseTimeNanoseconds)"|\[\s*\{.*"ph")', re.DOTALL)
+_TRACE = re.compile(
+    rb'^\s*(?:\{.*"(?:traceEvents|schemaVersion|deviceProperties|baseTimeNanoseconds)"|\[\s*\{.*"ph")', re.DOTALL
+)
 
 
 def read_source(source: str) -> Iterator[Evidence]:
@@ -43,7 +45,9 @@ def _read_stream(source: str) -> Iterator[Evidence]:
             is_trace = bool(_TRACE.match(stream.peek(_PEEK)[:_PEEK]))
             yield from _read(stream, is_trace, source)
         except (OSError, EOFError) as error:
-            raise SourceError(f"{source}: cannot be read ({error.args[-1]}); name a log, a trace, a URL or a pid") from error
+            raise SourceError(
+                f"{source}: cannot be read ({error.args[-1]}); name a log, a trace, a URL or a pid"
+            ) from error
 
 
 def _read(stream: io.BufferedReader, is_trace: bool, source: str) -> Iterator[Evidence]:

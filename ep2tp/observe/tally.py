@@ -30,7 +30,7 @@ class Tally:
             self._sizes[kind, size] += 1
 
     def step(self) -> list[Call] | None:
-        """The calls of one step, where the last calls repeat: the shortest period of the recent calls, seen twice or more.
+        """The calls of one step, where the last calls repeat: their shortest period, seen twice or more.
 
         Decoding repeats, with the same number of tokens in each step. Layers within a step repeat as well, so a period
         has to hold every kind of call that recurs.
@@ -77,19 +77,22 @@ def _shown(call: Call) -> str:
 def plans_of(kinds: Counter[str]) -> list[Reading]:
     """Which plans make these collectives, beside pipeline parallelism and the ends of the model.
 
-    The logits of tensor-parallel ranks take one all_gather (or gather) a step; a plan that gathers tokens for its experts
-    pairs each all_gather with a reduce_scatter, or, for uneven numbers of tokens, broadcasts with reduces.
+    The logits of tensor-parallel ranks take one all_gather (or gather) a step; a plan that gathers tokens for its
+    experts pairs each all_gather with a reduce_scatter, or, for uneven numbers of tokens, broadcasts with reduces.
+    Collectives alone decide nothing for good: attention may exchange tokens, too, and sequence parallelism splits an
+    all_reduce in two. Kernels of an all-to-all library do.
     """
     if kinds["dispatch"] or kinds["combine"]:
         return [Reading("tokens are dispatched to experts and combined by kernels of an all-to-all library", DEP)]
     if kinds["all_to_all"]:
-        return [Reading(f"{kinds['all_to_all']} all_to_all exchanges: tokens are dispatched to experts and combined", DEP)]
+        says = f"{kinds['all_to_all']} all_to_all exchanges: tokens are dispatched to experts and combined"
+        return [Reading(says, DEP, Strength.SUPPORT)]
     scattered = kinds["reduce_scatter"] + kinds["reduce"]
     if scattered and (kinds["all_gather"] or kinds["broadcast"]):
-        says = f"{scattered} reduce_scatter calls beside all_gather: tokens are gathered for the experts and scattered back"
-        usual = "whole experts (DEP) are the usual reason to gather and scatter; sliced ones under data-parallel attention also do"
-        return [Reading(says, DISPATCHED), Reading(usual, DEP, Strength.HINT)]
+        says = f"{scattered} reduce_scatter calls beside all_gather: tokens are gathered for experts and scattered back"
+        usual = "whole experts (DEP) are the usual reason; sliced ones under data-parallel attention are the other"
+        return [Reading(says, DISPATCHED, Strength.SUPPORT), Reading(usual, DEP, Strength.HINT)]
     if kinds["all_reduce"]:
         says = f"{kinds['all_reduce']} all_reduce calls and no dispatch: TP or TEP, which make the same collectives"
-        return [Reading(says, ALL_REDUCE)]
+        return [Reading(says, ALL_REDUCE, Strength.SUPPORT)]
     return []

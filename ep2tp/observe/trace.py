@@ -20,12 +20,33 @@ _KERNELS = (
     (re.compile(r"ncclDevKernel_SendRecv|ncclKernel_SendRecv"), "send_recv"),
     (re.compile(r"ncclDevKernel_Broadcast|ncclKernel_Broadcast"), "broadcast"),
     (re.compile(r"ncclDevKernel_Reduce|ncclKernel_Reduce"), "reduce"),
-    (re.compile(r"cross_device_reduce|all_?reduce_?(?:fusion|kernel|one|two)|(?:one|two)_?shot_all_?reduce|multimem_all_reduce", re.I), "all_reduce"),
-    (re.compile(r"deep_ep::.*dispatch|pplx.*dispatch|EpDispatch|moeA2ADispatch|nixl_ep.*dispatch|moonep.*dispatch", re.I), "dispatch"),
-    (re.compile(r"deep_ep::.*combine|pplx.*combine|EpCombine|moeA2ACombine|nixl_ep.*combine|moonep.*combine", re.I), "combine"),
-)  # fmt: skip
+    (
+        re.compile(
+            r"cross_device_reduce|all_?reduce_?(?:fusion|kernel|one|two)|(?:one|two)_?shot_all_?reduce|multimem_all_reduce",
+            re.I,
+        ),
+        "all_reduce",
+    ),
+    (
+        re.compile(
+            r"deep_ep::.*dispatch|pplx.*dispatch|EpDispatch|moeA2ADispatch|nixl_ep.*dispatch|moonep.*dispatch", re.I
+        ),
+        "dispatch",
+    ),
+    (
+        re.compile(r"deep_ep::.*combine|pplx.*combine|EpCombine|moeA2ACombine|nixl_ep.*combine|moonep.*combine", re.I),
+        "combine",
+    ),
+)
 # One of these runs once in the forward pass of a MoE layer; the first of them that a trace holds is counted.
-_LAYERS = ("vllm::moe_forward", "_C::cpu_fused_moe", "moe_align_block_size", "grouped_topk", "topkGating", "topk_sigmoid")
+_LAYERS = (
+    "vllm::moe_forward",
+    "_C::cpu_fused_moe",
+    "moe_align_block_size",
+    "grouped_topk",
+    "topkGating",
+    "topk_sigmoid",
+)
 
 
 def read_trace(stream: IO[bytes], name: str = "trace") -> Iterator[Evidence]:

@@ -50,7 +50,9 @@ def _rank(match: re.Match[str]) -> Reading:
 def _config(match: re.Match[str]) -> Reading:
     sizes = dict(re.findall(r"\b(tensor|pipeline|data)_parallel_size=(\d+)", match["config"]))
     shown = ", ".join(f"{name} parallel {size}" for name, size in sizes.items())
-    return Reading(f"vLLM {match['version']}: {shown}; the line does not tell expert parallelism", strength=Strength.NOTE)
+    return Reading(
+        f"vLLM {match['version']}: {shown}; the line does not tell expert parallelism", strength=Strength.NOTE
+    )
 
 
 def _all2all(match: re.Match[str]) -> Reading:
@@ -59,58 +61,96 @@ def _all2all(match: re.Match[str]) -> Reading:
 
 SIGNS = (
     Sign(
-        "arguments", "non-default args: ", message(r"non-default args: (?P<arguments>.*)"), _asked,
-        checked=("entrypoints", '"non-default args: %s"'),
+        "arguments",
+        "non-default args: ",
+        message(r"non-default args: (?P<arguments>.*)"),
+        _asked,
+        origin=("entrypoints", '"non-default args: %s"'),
     ),
     Sign(
-        "config", "Initializing a V1 LLM engine", message(r"Initializing a V1 LLM engine \(v(?P<version>[^)]*)\)(?P<config>.*)"),
-        _config, is_last_valid=True, checked=("v1/engine/core.py", '"Initializing a V1 LLM engine (v%s) with config: %s"'),
+        "config",
+        "Initializing a V1 LLM engine",
+        message(r"Initializing a V1 LLM engine \(v(?P<version>[^)]*)\)(?P<config>.*)"),
+        _config,
+        is_last_valid=True,
+        origin=("v1/engine/core.py", '"Initializing a V1 LLM engine (v%s) with config: %s"'),
     ),
     Sign(
-        "rank", " is assigned as ", message(r"rank \d+ in world size (?P<world>\d+) is assigned as .*EP rank"), _rank,
-        checked=("distributed/parallel_state.py", '"rank %s in world size %s is assigned as "'),
+        "rank",
+        " is assigned as ",
+        message(r"rank \d+ in world size (?P<world>\d+) is assigned as .*EP rank"),
+        _rank,
+        origin=("distributed/parallel_state.py", '"rank %s in world size %s is assigned as "'),
     ),
     Sign(
-        "worker", "(Worker_", re.compile(r"^[^(]{0,80}\(Worker(?P<tags>(?:_[A-Z]+\d+)+) (?:pid|ip)="),
+        "worker",
+        "(Worker_",
+        re.compile(r"^[^(]{0,80}\(Worker(?P<tags>(?:_[A-Z]+\d+)+) (?:pid|ip)="),
         lambda match: vllm_worker(tags(match["tags"])),
-        checked=("v1/executor/multiproc_executor.py", 'process_name += f"_EP{ep_rank}"'),
+        origin=("v1/executor/multiproc_executor.py", 'process_name += f"_EP{ep_rank}"'),
     ),
     Sign(
-        "experts", "Expert parallelism is enabled",
-        message(r"\[EP Rank \d+/(?P<ranks>\d+)\] Expert parallelism is enabled\..*?experts: (?P<local>\d+)/(?P<all>\d+)"),
-        lambda m: Reading(f"expert parallelism is on: a rank of {m['ranks']} holds {m['local']} of {m['all']} experts, whole", WHOLE),
-        checked=(f"{_MOE}/expert_map_manager.py", '"[EP Rank %s/%s] Expert parallelism is enabled. Expert "'),
+        "experts",
+        "Expert parallelism is enabled",
+        message(
+            r"\[EP Rank \d+/(?P<ranks>\d+)\] Expert parallelism is enabled\..*?experts: (?P<local>\d+)/(?P<all>\d+)"
+        ),
+        lambda m: Reading(
+            f"expert parallelism is on: a rank of {m['ranks']} holds {m['local']} of {m['all']} experts, whole", WHOLE
+        ),
+        origin=(f"{_MOE}/expert_map_manager.py", '"[EP Rank %s/%s] Expert parallelism is enabled. Expert "'),
     ),
     Sign(
-        "weight filter", "EP weight filter: ", message(r"EP weight filter: ep_size="),
+        "weight filter",
+        "EP weight filter: ",
+        message(r"EP weight filter: ep_size="),
         always(Reading("a rank loads its own experts only: experts are whole", WHOLE)),
-        checked=("model_executor/model_loader/default_loader.py", '"EP weight filter: ep_size=%d, ep_rank=%d'),
+        origin=("model_executor/model_loader/default_loader.py", '"EP weight filter: ep_size=%d, ep_rank=%d'),
     ),
     Sign(
-        "all2all", " all2all manager.", message(r"Using (?P<name>\w+) all2all manager\."), _all2all,
-        checked=(f"{_COMMUNICATORS}/cuda_communicator.py", '"Using %s all2all manager."'),
+        "all2all",
+        " all2all manager.",
+        message(r"Using (?P<name>\w+) all2all manager\."),
+        _all2all,
+        origin=(f"{_COMMUNICATORS}/cuda_communicator.py", '"Using %s all2all manager."'),
     ),
     Sign(
-        "prepare finalize", "PrepareAndFinalize", message(r"Using (?P<name>\w*PrepareAndFinalize\w*)"), _prepare_finalize,
-        checked=(f"{_MOE}/oracle/unquantized.py", 'logger.info_once("Using %s", prepare_finalize.__class__.__name__)'),
+        "prepare finalize",
+        "PrepareAndFinalize",
+        message(r"Using (?P<name>\w*PrepareAndFinalize\w*)"),
+        _prepare_finalize,
+        origin=(f"{_MOE}/oracle/unquantized.py", 'logger.info_once("Using %s", prepare_finalize.__class__.__name__)'),
     ),
     Sign(
-        "dp without ep", "Detected DP deployment", message(r"Detected DP deployment with no --enable-expert-parallel"),
-        always(Reading("data parallelism without expert parallelism: sliced experts, tokens gathered and scattered", MIXED)),
-        checked=(f"{_MOE}/all2all_utils.py", '"Detected DP deployment with no --enable-expert-parallel. "'),
+        "dp without ep",
+        "Detected DP deployment",
+        message(r"Detected DP deployment with no --enable-expert-parallel"),
+        always(
+            Reading("data parallelism without expert parallelism: sliced experts, tokens gathered and scattered", MIXED)
+        ),
+        origin=(f"{_MOE}/all2all_utils.py", '"Detected DP deployment with no --enable-expert-parallel. "'),
     ),
     Sign(
-        "moe backend", " MoE backend", message(r"Using '?(?P<name>[\w-]+)'?(?: \w+)? MoE backend"),
-        lambda match: Reading(f"the MoE layers' kernel: {match['name']}", strength=Strength.NOTE), is_last_valid=True,
-        checked=(f"{_MOE}/oracle/unquantized.py", "MoE backend"),
+        "moe backend",
+        " MoE backend",
+        message(r"Using '?(?P<name>[\w-]+)'?(?: \w+)? MoE backend"),
+        lambda match: Reading(f"the MoE layers' kernel: {match['name']}", strength=Strength.NOTE),
+        is_last_valid=True,
+        origin=(f"{_MOE}/oracle/unquantized.py", "MoE backend"),
     ),
     Sign(
-        "all_reduce", " all-reduce backends ",
+        "all_reduce",
+        " all-reduce backends ",
         message(r"Using (?P<names>\[[^]]*\]) all-reduce backends \(in dispatch order\) for group 'tp"),
-        lambda match: Reading(f"all_reduce of the TP group runs on {match['names']}, in this order", strength=Strength.NOTE),
-        checked=(f"{_COMMUNICATORS}/cuda_communicator.py", '"Using %s all-reduce backends (in dispatch order) for group "'),
+        lambda match: Reading(
+            f"all_reduce of the TP group runs on {match['names']}, in this order", strength=Strength.NOTE
+        ),
+        origin=(
+            f"{_COMMUNICATORS}/cuda_communicator.py",
+            '"Using %s all-reduce backends (in dispatch order) for group "',
+        ),
     ),
-)  # fmt: skip
+)
 
 
 def conclude(seen: dict[str, Evidence]) -> Reading | None:

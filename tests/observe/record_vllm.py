@@ -52,11 +52,17 @@ def record(folder: Path, name: str) -> int:
     engine = {"model": str(model), "dtype": "float32", **recording.engine}
     if recording.is_traced:
         traces = str(folder.resolve() / f"{name}.traces")
-        engine["profiler_config"] = {"profiler": "torch", "torch_profiler_dir": traces, "torch_profiler_with_stack": False}
+        engine["profiler_config"] = {
+            "profiler": "torch",
+            "torch_profiler_dir": traces,
+            "torch_profiler_with_stack": False,
+        }
     environment = os.environ | CPU_ENVIRONMENT | {"EP2TP": recording.ep2tp}
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--engine", json.dumps(engine)]
     with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
             return process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:

@@ -1,0 +1,63 @@
+"""Makes small fixtures of what engines wrote: ``python -m tests.observe.trim RECORDINGS FIXTURES``.
+
+Logs keep every line but those of tracebacks and warnings of Python's; paths of the recording machine are replaced. Traces
+keep metadata, annotations, collectives, MoE layers, and one in 50 of the other events.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+_PATHS = (
+    (re.compile(r"/\S*?/site-packages/"), "site-packages/"),
+    (re.compile(r"/root/\.pyenv/\S*?/lib/python[\d.]+/"), "python/"),
+    (re.compile(r"(?<=')(?:/[\w.-]+)+/(?=(?:sglang-)?model\b)|(?:/[\w.-]+)+/(?=(?:sglang-)?model\b)"), "/recordings/"),
+    (re.compile(r"(?:/[\w.-]+)+/(?=[\w.-]+\.traces)"), "/recordings/"),
+)
+_TRACEBACK = re.compile(r"\] (?:  |    |Traceback|\s*\^)|^(?:  |Traceback|\s*\^)|Warning: |ERROR .*\] (?:\s|$)")
+_KEPT = re.compile(r"reduce|gather|all_?to_?all|SendRecv|Broadcast|moe|topk|execute|dispatch|combine", re.IGNORECASE)
+
+
+def trim_log(text: str) -> str:
+    """A log without tracebacks and machine paths; NCCL's lines only of one rank, and at most 400 of them."""
+    kept, nccl = [], 0
+    for line in text.splitlines():
+        if _TRACEBACK.search(line) or not line.strip():
+            continue
+        if "NCCL INFO" in line:
+            nccl += 1
+            if nccl > 400:
+                continue
+        for pattern, replacement in _PATHS:
+            line = pattern.sub(replacement, line)
+        kept.append(line)
+    return "\n".join(kept) + "\n"
+
+
+def trim_trace(trace: dict[str, Any]) -> dict[str, Any]:
+    """A trace with the events that tell something, and some that do not."""
+    events = trace["traceEvents"]
+    kept = [e for i, e in enumerate(events) if e.get("ph") == "M" or _KEPT.search(str(e.get("name"))) or i % 50 == 0]
+    return {**trace, "traceName": "trace.json", "traceEvents": kept}
+
+
+def main() -> None:
+    """Trim every recording in a folder."""
+    source, target = Path(sys.argv[1]), Path(sys.argv[2])
+    target.mkdir(parents=True, exist_ok=True)
+    for log in sorted(source.glob("*.log")):
+        (target / log.name).write_text(trim_log(log.read_text(errors="replace")))
+    for folder in sorted(source.glob("*.traces")):
+        for path in sorted(folder.glob("*rank0*.json.gz"))[-1:]:
+            trace = trim_trace(json.loads(gzip.decompress(path.read_bytes())))
+            data = gzip.compress(json.dumps(trace).encode(), mtime=0)
+            (target / f"{folder.name.removesuffix('.traces')}.trace.json.gz").write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()
