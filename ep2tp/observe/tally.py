@@ -33,14 +33,18 @@ class Tally:
         """The calls of one step, where the last calls repeat: their shortest period, seen twice or more.
 
         Decoding repeats, with the same number of tokens in each step. Layers within a step repeat as well, so a period
-        has to hold every kind of call that recurs.
+        has to hold every kind of call that recurred lately.
         """
-        recent = list(self.recent)
-        recurring = {kind for kind, count in self.kinds.items() if count > 1}
-        for window in (len(recent), *(1 << n for n in range(11, 2, -1))):
-            period = _period(recent[-window:]) if window <= len(recent) else None
-            if period and {kind for kind, _ in recent[-period:]} >= recurring:
-                return recent[-period:]
+        latest_first = list(reversed(self.recent))
+        lately = Counter(kind for kind, _ in latest_first[: (len(latest_first) + 1) // 2])
+        recurring = {kind for kind, count in lately.items() if count > 1}
+        refused: set[int] = set()
+        for length, period in reversed(list(enumerate(_periods(latest_first), 1))):
+            if 2 * period > length or period in refused:
+                continue
+            if {kind for kind, _ in latest_first[:period]} >= recurring:
+                return latest_first[:period][::-1]
+            refused.add(period)
         return None
 
     def common(self, most: int = 4) -> str:
@@ -48,8 +52,8 @@ class Tally:
         return ", ".join(f"{count} {_shown(call)}" for call, count in self._sizes.most_common(most))
 
 
-def _period(calls: Sequence[Call]) -> int | None:
-    """The shortest period of a sequence that it completes at least twice."""
+def _periods(calls: Sequence[Call]) -> list[int]:
+    """The shortest period of each prefix, by length."""
     # The longest proper prefix that is also a suffix gives it (the failure function of Knuth, Morris and Pratt).
     border = [0] * len(calls)
     for i in range(1, len(calls)):
@@ -57,8 +61,7 @@ def _period(calls: Sequence[Call]) -> int | None:
         while k and calls[i] != calls[k]:
             k = border[k - 1]
         border[i] = k + (calls[i] == calls[k])
-    period = len(calls) - border[-1] if calls else 0
-    return period if 0 < 2 * period <= len(calls) else None
+    return [length - border[length - 1] for length in range(1, len(calls) + 1)]
 
 
 def in_words(calls: Sequence[Call]) -> str:

@@ -51,7 +51,7 @@ def record(folder: Path, name: str) -> int:
         "SGLANG_USE_CPU_ENGINE": "1",
         "SGLANG_CPU_OMP_THREADS_BIND": "0|1" if engine.get("tp_size") == 2 else "0",
         "HF_HUB_OFFLINE": "1",
-        "EP2TP": "off",
+        "SGLANG_PLUGINS": "none",
     }
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(

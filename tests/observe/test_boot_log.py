@@ -213,7 +213,9 @@ def test_memory_does_not_grow_with_the_log() -> None:
     nccl = b"h:1:2 [0] NCCL INFO AllReduce: opCount %x sendbuff 0x7 recvbuff 0x7 count %d datatype 9 op 0 root 0 comm 0xa [nranks=2] stream 0x1\n"  # noqa: E501
 
     def peak(blocks: int, calls: int) -> int:
-        with subprocess.Popen([sys.executable, "-c", _MEASURE], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", _MEASURE], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
             assert process.stdin is not None
             assert process.stdout is not None
             process.stdin.write(boot + b"x" * (blocks * 100_000) + b"\n")

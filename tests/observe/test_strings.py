@@ -1,8 +1,8 @@
 """The engines still have the words that the detector looks for.
 
-Checked in what is installed here, and in every unpacked release that ``EP2TP_ENGINE_SOURCES`` names (folders that hold a
-``vllm`` or ``sglang`` package, with colons between). Run by hand over vLLM 0.25.1, 0.28.0, 0.32.0 and 0.33.0, and SGLang
-0.5.17, 0.5.18, 0.5.20, 0.5.22 and 0.5.23.
+Checked in what is installed here, and in every unpacked release that ``EP2TP_ENGINE_SOURCES`` names (folders that hold
+a ``vllm`` or ``sglang`` package, with colons between). Run by hand over vLLM 0.25.1, 0.28.0, 0.32.0 and 0.33.0, and
+SGLang 0.5.17, 0.5.18, 0.5.20, 0.5.22 and 0.5.23.
 """
 
 from __future__ import annotations

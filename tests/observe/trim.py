@@ -1,7 +1,7 @@
 """Makes small fixtures of what engines wrote: ``python -m tests.observe.trim RECORDINGS FIXTURES``.
 
-Logs keep every line but those of tracebacks and warnings of Python's; paths of the recording machine are replaced. Traces
-keep metadata, annotations, collectives, MoE layers, and one in 50 of the other events.
+Logs keep every line but those of tracebacks and warnings of Python's; paths of the recording machine are replaced.
+Traces keep metadata, annotations, collectives, MoE layers, and one in 50 of the other events.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _PATHS = (
     (re.compile(r"(?<=')(?:/[\w.-]+)+/(?=(?:sglang-)?model\b)|(?:/[\w.-]+)+/(?=(?:sglang-)?model\b)"), "/recordings/"),
     (re.compile(r"(?:/[\w.-]+)+/(?=[\w.-]+\.traces)"), "/recordings/"),
 )
-_TRACEBACK = re.compile(r"\] (?:  |    |Traceback|\s*\^)|^(?:  |Traceback|\s*\^)|Warning: |ERROR .*\] (?:\s|$)")
+_TRACEBACK = re.compile(
+    r"^\s*warnings\.warn|\] (?:  |    |Traceback|\s*\^)|^(?:  |Traceback|\s*\^)|Warning: |ERROR .*\] (?:\s|$)"
+)
 _KEPT = re.compile(r"reduce|gather|all_?to_?all|SendRecv|Broadcast|moe|topk|execute|dispatch|combine", re.IGNORECASE)
 
 
