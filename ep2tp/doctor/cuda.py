@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,11 +35,11 @@ class CudaError(Exception):
 
 
 class Driver:
-    """The loaded library. ``EP2TP_LIBCUDA`` is no setting of a user's: the tests put a stand-in there."""
+    """The driver's library, loaded and initialised."""
 
     def __init__(self) -> None:
         try:
-            self._library = ctypes.CDLL(os.environ.get("EP2TP_LIBCUDA", "libcuda.so.1"))
+            self._library = ctypes.CDLL("libcuda.so.1")
         except OSError as error:
             raise CudaError(f"libcuda.so.1 cannot be loaded: {error}") from None
         for name, arguments in _SIGNATURES.items():

@@ -19,7 +19,7 @@ from typing import Any
 from ep2tp.demo.tiny import TinyModel
 
 MODEL = TinyModel("glm4_moe", heads=12, kv_heads=6, expert_size=64, dense_size=256)
-LIMIT_S = 200
+LIMIT_S = 120
 _TP2: dict[str, Any] = {"tp_size": 2}
 RECORDINGS: dict[str, dict[str, Any]] = {
     "sglang-0.5.23-tp1": {},

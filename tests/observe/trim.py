@@ -19,9 +19,7 @@ _PATHS = (
     (re.compile(r"(?<=')(?:/[\w.-]+)+/(?=(?:sglang-)?model\b)|(?:/[\w.-]+)+/(?=(?:sglang-)?model\b)"), "/recordings/"),
     (re.compile(r"(?:/[\w.-]+)+/(?=[\w.-]+\.traces)"), "/recordings/"),
 )
-_TRACEBACK = re.compile(
-    r"^\s*warnings\.warn|\] (?:  |    |Traceback|\s*\^)|^(?:  |Traceback|\s*\^)|Warning: |ERROR .*\] (?:\s|$)"
-)
+_TRACEBACK = re.compile(r"\] (?:  |Traceback|\s*\^)|^(?:  |Traceback|\s*\^)|Warning: |ERROR .*\] (?:\s|$)")
 _KEPT = re.compile(r"reduce|gather|all_?to_?all|SendRecv|Broadcast|moe|topk|execute|dispatch|combine", re.IGNORECASE)
 
 
@@ -48,18 +46,20 @@ def trim_trace(trace: dict[str, Any]) -> dict[str, Any]:
     return {**trace, "traceName": "trace.json", "traceEvents": kept}
 
 
-def main() -> None:
-    """Trim every recording in a folder."""
-    source, target = Path(sys.argv[1]), Path(sys.argv[2])
+def trim(source: Path, target: Path) -> None:
+    """Trim every recording in a folder; of each launch's traces, the last of rank 0 that it wrote."""
     target.mkdir(parents=True, exist_ok=True)
     for log in sorted(source.glob("*.log")):
         (target / log.name).write_text(trim_log(log.read_text(errors="replace")))
     for folder in sorted(source.glob("*.traces")):
-        for path in sorted(folder.glob("*rank0*.json.gz"))[-1:]:
+        of_rank_0 = [
+            path for path in sorted(folder.rglob("*.json.gz")) if re.search(r"rank[_-]?0\b|rank0|TP-0", path.name)
+        ]
+        for path in of_rank_0[-1:]:
             trace = trim_trace(json.loads(gzip.decompress(path.read_bytes())))
             data = gzip.compress(json.dumps(trace).encode(), mtime=0)
             (target / f"{folder.name.removesuffix('.traces')}.trace.json.gz").write_bytes(data)
 
 
 if __name__ == "__main__":
-    main()
+    trim(Path(sys.argv[1]), Path(sys.argv[2]))
