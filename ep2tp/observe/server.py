@@ -68,7 +68,7 @@ def _sglang_info(info: dict[str, Any]) -> Iterator[Evidence]:
 
 def _fingerprint(base: str, models: dict[str, Any]) -> Iterator[Evidence]:
     model = next((entry.get("id") for entry in models.get("data", []) if isinstance(entry, dict)), None)
-    answer = _ask(base, "/v1/completions", {"model": model, "prompt": "1", "max_tokens": 1}) or {}
+    answer = _ask(base, "/v1/completions", {"model": model, "prompt": [1], "max_tokens": 1}) or {}
     fingerprint = str(answer.get("system_fingerprint") or "")
     if match := _FINGERPRINT.match(fingerprint):
         sizes = {name: int(size) for name, size in re.findall(r"-(tp|dp)(\d+)", match["sizes"])}

@@ -19,7 +19,10 @@ _PATHS = (
     (re.compile(r"(?<=')(?:/[\w.-]+)+/(?=(?:sglang-)?model\b)|(?:/[\w.-]+)+/(?=(?:sglang-)?model\b)"), "/recordings/"),
     (re.compile(r"(?:/[\w.-]+)+/(?=[\w.-]+\.traces)"), "/recordings/"),
 )
-_TRACEBACK = re.compile(r"\] (?:  |Traceback|\s*\^)|^(?:  |Traceback|\s*\^)|Warning: |ERROR .*\] (?:\s|$)")
+_DROPPED = re.compile(
+    r"\] (?:  |Traceback|\s*\^)|^(?:  |Traceback|\s*\^)|Warning: |ERROR .*\] (?:\s|$)"  # tracebacks, Python's warnings
+    r"|Ignore import error when loading|CUDA coredump pipe"
+)
 _KEPT = re.compile(r"reduce|gather|all_?to_?all|SendRecv|Broadcast|moe|topk|execute|dispatch|combine", re.IGNORECASE)
 
 
@@ -27,7 +30,7 @@ def trim_log(text: str) -> str:
     """A log without tracebacks and machine paths; NCCL's lines only of one rank, and at most 400 of them."""
     kept, nccl = [], 0
     for line in text.splitlines():
-        if _TRACEBACK.search(line) or not line.strip():
+        if _DROPPED.search(line) or not line.strip():
             continue
         if "NCCL INFO" in line:
             nccl += 1
