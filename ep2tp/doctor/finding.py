@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -37,6 +37,23 @@ class Finding:
     what: str
     why: str = ""
     do: str = ""
+
+
+def of_each(findings: Iterable[tuple[str, Finding]], what: str, count: int) -> Iterator[Finding]:
+    """Findings on several subjects, those that say the same put together.
+
+    Args:
+        findings: with the subject's name, in the order of the subjects.
+        what: the subjects' word, ``GPU`` for ``GPUs 0, 1: ...``.
+        count: how many subjects there are, to say ``all GPUs``.
+    """
+    together: dict[Finding, list[str]] = {}
+    for subject, finding in findings:
+        together.setdefault(finding, []).append(subject)
+    for finding, subjects in together.items():
+        several = "" if len(subjects) == 1 else "s"
+        where = f"all {what}s" if len(subjects) == count > 1 else f"{what}{several} {', '.join(subjects)}"
+        yield replace(finding, what=f"{where}: {finding.what}")
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from ep2tp.doctor.finding import Finding, Level
+from ep2tp.doctor.finding import Finding, Level, of_each
 from ep2tp.doctor.machine import Gpu, Machine
 
 CHECK = "links"
@@ -16,8 +16,8 @@ def check_links(machine: Machine) -> Iterator[Finding]:
     if len(machine.gpus) > 1:
         yield _nvlink(machine)
         yield from _shared(machine)
-    for i, gpu in enumerate(machine.gpus):
-        yield from _pcie(i, gpu, machine.is_all_nvlink)
+    found = [(str(i), finding) for i, gpu in enumerate(machine.gpus) for finding in _pcie(gpu, machine.is_all_nvlink)]
+    yield from of_each(found, "GPU", len(machine.gpus))
 
 
 def _nvlink(machine: Machine) -> Finding:
@@ -49,24 +49,23 @@ def _shared(machine: Machine) -> Iterator[Finding]:
         yield Finding(CHECK, Level.OK, f"nearest common ancestor: {shown}")
 
 
-def _pcie(i: int, gpu: Gpu, is_all_nvlink: bool) -> Iterator[Finding]:
+def _pcie(gpu: Gpu, is_all_nvlink: bool) -> Iterator[Finding]:
     level = Level.NOTE if is_all_nvlink else Level.DEGRADED
     width, most = gpu.pcie_width, gpu.pcie_width_max
     if width is None or most is None or gpu.pcie_generation is None or gpu.pcie_generation_max is None:
-        yield Finding(CHECK, Level.UNCHECKED, f"GPU {i} ({gpu.bus_id}): the driver does not tell its PCIe link")
+        yield Finding(CHECK, Level.UNCHECKED, "the driver does not tell the PCIe link")
         return
-    place = f"GPU {i} ({gpu.bus_id})"
     if width < most:
         why = "all_reduce over PCIe is as fast as the narrowest link"
         yield Finding(
             CHECK,
             level,
-            f"{place}: PCIe x{width}, where x{most} is possible",
+            f"PCIe x{width}, where x{most} is possible",
             why,
             "reseat the card, or see the slot, riser and bifurcation settings",
         )
     if gpu.pcie_generation < gpu.pcie_generation_max:
-        what = f"{place}: PCIe generation {gpu.pcie_generation} now, {gpu.pcie_generation_max} at most"
+        what = f"PCIe generation {gpu.pcie_generation} now, {gpu.pcie_generation_max} at most"
         yield Finding(
             CHECK,
             Level.NOTE,
@@ -75,7 +74,7 @@ def _pcie(i: int, gpu: Gpu, is_all_nvlink: bool) -> Iterator[Finding]:
             "look again while it computes",
         )
     elif (gpu.pcie_generation_gpu or 0) > gpu.pcie_generation_max:
-        what = f"{place}: PCIe generation {gpu.pcie_generation_max}, where the GPU could do {gpu.pcie_generation_gpu}"
+        what = f"PCIe generation {gpu.pcie_generation_max}, where the GPU could do {gpu.pcie_generation_gpu}"
         yield Finding(
             CHECK,
             Level.NOTE,
@@ -84,4 +83,4 @@ def _pcie(i: int, gpu: Gpu, is_all_nvlink: bool) -> Iterator[Finding]:
             "see the slot and the BIOS' link speed setting",
         )
     elif width == most:
-        yield Finding(CHECK, Level.OK, f"{place}: PCIe generation {gpu.pcie_generation} x{width}, the most there is")
+        yield Finding(CHECK, Level.OK, f"PCIe generation {gpu.pcie_generation} x{width}, the most there is")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ep2tp.doctor.finding import Finding, Level
+from ep2tp.doctor.finding import Finding, Level, of_each
 from ep2tp.doctor.machine import Machine, Pair
 
 CHECK = "P2P"
@@ -104,14 +104,12 @@ def read_proof(out: str, ending: str) -> Proof:
 
 def check_transfers(machine: Machine, proofs: list[Proof]) -> Iterator[Finding]:
     """Findings on each pair; pairs with the same outcome share one."""
-    outcomes: dict[Finding, list[str]] = {}
-    for pair, proof in zip(machine.pairs, proofs, strict=True):
-        for finding in _of_pair(pair, proof, machine.is_all_nvlink):
-            outcomes.setdefault(finding, []).append(f"{pair.a}-{pair.b}")
-    for finding, pairs in outcomes.items():
-        where = f"GPUs {', '.join(pairs)}: " if len(pairs) < len(machine.pairs) else f"all {len(pairs)} pairs of GPUs: "
-        where = where if len(machine.pairs) > 1 else f"GPUs {pairs[0]}: "
-        yield Finding(finding.check, finding.level, where + finding.what, finding.why, finding.do)
+    found = [
+        (f"{pair.a}-{pair.b}", finding)
+        for pair, proof in zip(machine.pairs, proofs, strict=True)
+        for finding in _of_pair(pair, proof, machine.is_all_nvlink)
+    ]
+    yield from of_each(found, "pair", len(machine.pairs))
 
 
 def _of_pair(pair: Pair, proof: Proof, is_nvlink: bool) -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TextIO
 
 from ep2tp.observe import ep2tp_log, sglang_log, vllm_log
@@ -20,12 +20,22 @@ _MOST_EVIDENCE = 100  # of one launch; engines print a handful, and ranks repeat
 _SHOWN = 160
 
 
+# vLLM logs its arguments once for a launch; SGLang's may come twice, and after lines on how they were resolved.
+_BEGINNING = frozenset({"arguments"})
+_BEFORE_WORKERS, _OF_WORKERS = frozenset({"server_args", "adjusted", "dwdp"}), frozenset({"scheduler", "warmup"})
+
+
 @dataclass
 class _Launch:
     """The evidence of one launch, by sign and meaning: ranks that say the same count as one."""
 
-    found: dict[tuple[str, str], Evidence]
-    begins: int
+    number: int = 1
+    found: dict[tuple[str, str], Evidence] = field(default_factory=dict)
+
+    def ends_before(self, sign: Sign) -> bool:
+        """Whether a line of this sign belongs to the next launch."""
+        has_workers = any(name in _OF_WORKERS for name, _ in self.found)
+        return bool(self.found) and (sign.name in _BEGINNING or (sign.name in _BEFORE_WORKERS and has_workers))
 
     def add(self, sign: Sign, reading: Reading, line: int, text: str, engine: str | None) -> None:
         if sign.is_last_valid:
@@ -35,11 +45,6 @@ class _Launch:
         if key not in self.found and len(self.found) < _MOST_EVIDENCE:
             self.found[key] = Evidence(reading, _excerpt(text, sign.anchor), line, engine)
 
-    @property
-    def has_workers(self) -> bool:
-        """Whether it came further than its arguments."""
-        return any(sign not in ("arguments", "server_args", "adjusted", "dwdp") for sign, _ in self.found)
-
 
 def read_log(stream: TextIO) -> Iterator[Evidence]:
     """Evidence from the last launch in a log of vLLM or SGLang, and from NCCL's lines in it.
@@ -47,7 +52,7 @@ def read_log(stream: TextIO) -> Iterator[Evidence]:
     Args:
         stream: text, opened with ``errors="replace"``.
     """
-    launch, launches, nccl = _Launch({}, 1), 0, NcclLog()
+    launch, nccl = _Launch(), NcclLog()
     for number, raw in _lines(stream):
         if "NCCL INFO" in raw:
             nccl.feed(number, raw)
@@ -61,13 +66,14 @@ def read_log(stream: TextIO) -> Iterator[Evidence]:
             reading = sign.read(match) if match else None
             if reading is None:
                 continue
-            if sign.name == "arguments" or (sign.name == "server_args" and (launch.has_workers or not launches)):
-                launch, launches, nccl = _Launch({}, number), launches + 1, NcclLog()
+            if launch.ends_before(sign):
+                launch, nccl = _Launch(launch.number + 1), NcclLog()
             launch.add(sign, reading, number, line, engine)
-    if launches > 1:
-        says = f"the last of {launches} launches in this log begins here; the earlier ones do not count"
-        yield Evidence(Reading(says, strength=Strength.NOTE), f"(launch {launches})", launch.begins)
-    yield from _in_order(launch.found.values())
+    in_order = sorted(launch.found.values(), key=lambda piece: piece.line or 0)
+    if launch.number > 1:
+        says = f"the last of {launch.number} launches in this log begins here; the earlier ones do not count"
+        yield Evidence(Reading(says, strength=Strength.NOTE), in_order[0].text, in_order[0].line)
+    yield from in_order
     yield from _conclusions(launch)
     yield from nccl.evidence()
 
@@ -82,14 +88,10 @@ def _lines(stream: TextIO) -> Iterator[tuple[int, str]]:
             line = stream.readline(_LONGEST_LINE)
 
 
-def _in_order(found: Iterable[Evidence]) -> list[Evidence]:
-    return sorted(found, key=lambda evidence: evidence.line or 0)
-
-
 def _conclusions(launch: _Launch) -> Iterator[Evidence]:
     for engine, table in _TABLES:
-        seen = {name: e for (name, _), e in launch.found.items() if e.engine == engine}
-        if seen and (reading := table.conclude(seen)):
+        found = [(name, piece.reading) for (name, _), piece in launch.found.items() if piece.engine == engine]
+        if reading := table.conclude(found):
             yield Evidence(reading, "(a line that is missing)", None, engine)
 
 

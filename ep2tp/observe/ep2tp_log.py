@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
-from ep2tp.observe.evidence import SLICED, TP, WHOLE, Evidence, Reading, Strength
+from ep2tp.observe.evidence import SLICED, TP, WHOLE, Reading, Strength
 from ep2tp.observe.signs import Sign, message
 
 
@@ -42,5 +43,5 @@ SIGNS = (
 )
 
 
-def conclude(seen: dict[str, Evidence]) -> None:
+def conclude(found: Collection[tuple[str, Reading]]) -> None:
     """Nothing follows from missing lines."""

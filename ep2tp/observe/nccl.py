@@ -67,13 +67,13 @@ class NcclLog:
         self._rank = ""
         self._exchange: _Exchange | None = None
         self._first: dict[str, tuple[int, str]] = {}
-        self._is_silent_since: int | None = None
+        self._other_line: int | None = None
 
     def feed(self, number: int, line: str) -> None:
         """Read line ``number``; lines of other subsystems are skipped."""
         match = _CALL.search(line)
         if match is None:
-            self._is_silent_since = self._is_silent_since or number
+            self._other_line = self._other_line or number
             return
         rank = f"{match['rank']} {match['device']}"
         self._rank = self._rank or rank
@@ -109,9 +109,9 @@ class NcclLog:
         """What the lines said, once all are read."""
         self._end_exchange()
         if not self._tally.kinds:
-            if self._is_silent_since is not None:
+            if self._other_line is not None:
                 says = "NCCL logs, but no collectives: start with NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=COLL to see them"
-                yield Evidence(Reading(says, strength=Strength.NOTE), "NCCL INFO", self._is_silent_since)
+                yield Evidence(Reading(says, strength=Strength.NOTE), "NCCL INFO", self._other_line)
             return
         for reading in plans_of(self._tally.kinds):
             number, line = self._line_of(reading)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
-from ep2tp.observe.evidence import DEP, DISPATCHED, SLICED, TEP, Evidence, Reading
+from ep2tp.observe.evidence import DEP, DISPATCHED, SLICED, TEP, Reading, Strength
 from ep2tp.observe.layouts import sglang_layout, sglang_scheduler
 from ep2tp.observe.signs import Sign, always, message, tags
 
@@ -56,7 +57,8 @@ def _warmup(match: re.Match[str]) -> Reading:
 
 
 def _adjusted(match: re.Match[str]) -> Reading:
-    return Reading(f"SGLang set ep_size to tp_size by itself, for the all-to-all backend {match['name']}", DEP)
+    says = f"SGLang set ep_size to tp_size by itself, for the all-to-all backend {match['name']}"
+    return Reading(says, DEP, Strength.SUPPORT)  # while it resolved its arguments; the outcome is in server_args
 
 
 SIGNS = (
@@ -86,7 +88,7 @@ SIGNS = (
         "dwdp",
         "DWDP enabled: ",
         message(r"DWDP enabled: dwdp_size="),
-        always(Reading("DWDP: whole experts under data-parallel attention", DEP)),
+        always(Reading("DWDP: whole experts under data-parallel attention", DEP, Strength.SUPPORT)),
         origin=("", 'f"DWDP enabled: dwdp_size='),
     ),
     Sign(
@@ -99,5 +101,5 @@ SIGNS = (
 )
 
 
-def conclude(seen: dict[str, Evidence]) -> None:
+def conclude(found: Collection[tuple[str, Reading]]) -> None:
     """Nothing follows from missing lines: the arguments tell all."""

@@ -38,14 +38,14 @@ _KERNELS = (
         "combine",
     ),
 )
-# One of these runs once in the forward pass of a MoE layer; the first of them that a trace holds is counted.
+# Operators and kernels that run once in the forward pass of a MoE layer; the first that a trace holds is counted.
 _LAYERS = (
-    "vllm::moe_forward",
-    "_C::cpu_fused_moe",
-    "moe_align_block_size",
-    "grouped_topk",
-    "topkGating",
-    "topk_sigmoid",
+    ("cpu_op", "vllm::moe_forward"),
+    ("cpu_op", "_C::cpu_fused_moe"),
+    ("kernel", "moe_align_block_size"),
+    ("kernel", "grouped_topk"),
+    ("kernel", "topkGating"),
+    ("kernel", "topk_sigmoid"),
 )
 
 
@@ -59,7 +59,7 @@ def read_trace(stream: IO[bytes], name: str = "trace") -> Iterator[Evidence]:
     Raises:
         SourceError: the JSON is broken.
     """
-    kernels, operators, layers, titles = Tally(), Tally(), dict.fromkeys(_LAYERS, 0), dict[str, None]()
+    kernels, operators, layers, titles = Tally(), Tally(), {layer: 0 for _, layer in _LAYERS}, dict[str, None]()
     for event in _events(stream, name):
         words = str(event.get("name", ""))
         if event.get("ph") == "M" and words == "process_name":
@@ -71,8 +71,8 @@ def read_trace(stream: IO[bytes], name: str = "trace") -> Iterator[Evidence]:
                 kernels.add(kind, 0)
         elif event.get("cat") == "cpu_op" and (kind := collective_kind(words)):
             operators.add(kind, 0)
-        for layer in _LAYERS:
-            layers[layer] += layer in words and event.get("cat") in ("kernel", "cpu_op")
+        for category, layer in _LAYERS:
+            layers[layer] += layer in words and event.get("cat") == category
     for title in titles:
         yield from title_evidence(title)
     yield from _counted(kernels if kernels.kinds else operators, layers)

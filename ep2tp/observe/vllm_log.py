@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from ep2tp.observe.evidence import (
     ALL_REDUCE,
-    ANY,
     DEP,
     DISPATCHED,
     MIXED,
@@ -14,7 +14,6 @@ from ep2tp.observe.evidence import (
     TEP,
     TP,
     WHOLE,
-    Evidence,
     Reading,
     Strength,
 )
@@ -153,17 +152,14 @@ SIGNS = (
 )
 
 
-def conclude(seen: dict[str, Evidence]) -> Reading | None:
-    """What the lines that are missing say, once a launch has been read; ``seen`` has its signs by name."""
-    has_experts = bool(seen.keys() & {"experts", "weight filter"}) or _carries_ep(seen.get("worker"))
-    if has_experts and not seen.keys() & {"all2all", "dp without ep"}:
+def conclude(found: Collection[tuple[str, Reading]]) -> Reading | None:
+    """What the lines that are missing say, once a launch has been read; ``found`` has its signs' names and readings."""
+    names = {name for name, _ in found}
+    has_whole_experts = any(reading.plans <= WHOLE and reading.strength is Strength.DECISIVE for _, reading in found)
+    if has_whole_experts and not names & {"all2all", "dp without ep"}:
         says = "experts are whole, and no line names an all2all manager: nothing is dispatched"
         return Reading(says, TEP, Strength.SUPPORT)
-    is_one_rank = "rank" in seen and seen["rank"].reading.plans == TP
-    if "prepare finalize" in seen and not has_experts and "worker" not in seen and not is_one_rank:
+    has_one_rank = any(name == "rank" and reading.plans == TP for name, reading in found)
+    if "prepare finalize" in names and not has_whole_experts and "worker" not in names and not has_one_rank:
         return Reading("a MoE layer was built, and no line says '[EP Rank'", SLICED, Strength.SUPPORT)
     return None
-
-
-def _carries_ep(worker: Evidence | None) -> bool:
-    return worker is not None and worker.reading.plans <= WHOLE and worker.reading.plans != ANY

@@ -109,9 +109,9 @@ class TestP2P:
     def test_the_broken_pair_is_named_with_what_to_do(self) -> None:
         found = list(check_transfers(machine(4), [PROVEN, PROVEN, PROVEN, PROVEN, BROKEN, PROVEN]))
         [blocked] = [finding for finding in found if finding.level is Level.BLOCKED]
-        assert blocked.what.startswith("GPUs 1-3: write forth fails: no end after 45 s")
+        assert blocked.what.startswith("pair 1-3: write forth fails: no end after 45 s")
         assert "NCCL_P2P_DISABLE=1" in blocked.do
-        assert any(finding.what.startswith("GPUs 0-1, 0-2, 0-3, 1-2, 2-3: P2P proven") for finding in found)
+        assert any(finding.what.startswith("pairs 0-1, 0-2, 0-3, 1-2, 2-3: P2P proven") for finding in found)
 
     @pytest.mark.parametrize(
         ("gpus", "nvlink", "proof", "words"),

@@ -72,9 +72,8 @@ def test_the_last_launch_counts() -> None:
     first, second = log("vllm-0.32.0-tep2-crashes"), log("vllm-0.32.0-tp2")
     verdict = of_text(first + second)
     assert verdict.plan is Plan.TP
-    assert verdict.evidence[0].line == len(first.splitlines()) + 1 + next(
-        i for i, line in enumerate(second.splitlines()) if "non-default args" in line
-    )
+    begin = next(i for i, line in enumerate(second.splitlines(), 1) if "non-default args" in line)
+    assert verdict.evidence[0].line == len(first.splitlines()) + begin
     assert "the last of 2 launches" in verdict.evidence[0].reading.says
     assert of_text(second + first).plan is Plan.TEP
 
@@ -171,6 +170,18 @@ def test_sglang_says_its_arguments_twice_and_they_are_one_launch() -> None:
     assert not any("launches" in piece.reading.says for piece in verdict.evidence)
     worker = "[2026-11-24 20:22:38 TP0 EP0] Load weight begin.\n"
     assert "the last of 2 launches" in of_text(line + worker + again).evidence[0].reading.says
+
+
+def test_how_sglang_resolved_its_arguments_belongs_to_their_launch() -> None:
+    adjusted = (
+        "[2026-11-24 20:22:35] deepep MoE is enabled. The expert parallel size is adjusted from 1 to the tensor\n"
+    )
+    arguments = f"[2026-11-24 20:22:36] server_args={_ARGUMENTS | {'ep_size': 8, 'moe_a2a_backend': 'deepep'}!r}\n"
+    worker = "[2026-11-24 20:22:38 TP0 EP0] Load weight begin.\n"
+    verdict = of_text((adjusted + arguments + worker) * 3)
+    assert (verdict.plan, verdict.confidence) == (Plan.DEP, "high")
+    assert "the last of 3 launches" in verdict.evidence[0].reading.says
+    assert [piece.line for piece in verdict.evidence] == [7, 7, 8, 9]
 
 
 @pytest.mark.parametrize(
