@@ -1,10 +1,10 @@
-"""The probe's kernels, in PTX that the driver compiles for any GPU since Turing (compute capability 7.5)."""
+"""The probe's kernels, in PTX that the driver compiles for any GPU since Pascal (compute capability 6.0)."""
 
 # copy_words(target, source, words): one thread a 32-bit word; either address may be a peer's.
 # add_one(counter, times): each thread adds 1 to the counter that many times, atomically for the whole system.
 PTX = """
-.version 6.4
-.target sm_75
+.version 5.0
+.target sm_60
 .address_size 64
 
 .visible .entry copy_words(.param .u64 p_target, .param .u64 p_source, .param .u32 p_words)

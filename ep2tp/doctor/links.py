@@ -35,52 +35,36 @@ def _nvlink(machine: Machine) -> Finding:
 
 def _shared(machine: Machine) -> Iterator[Finding]:
     counts = Counter(pair.ancestor or "not told" for pair in machine.pairs)
-    shown = ", ".join(f"{name}: {count} pair{'s' * (count > 1)}" for name, count in counts.items())
+    what = "nearest common ancestor: " + ", ".join(f"{name}: {count} of the pairs" for name, count in counts.items())
     if counts["across NUMA nodes"] and not machine.is_all_nvlink:
-        why = "those pairs talk through the link between CPU sockets, which every all_reduce then waits for"
-        yield Finding(
-            CHECK,
-            Level.NOTE,
-            f"nearest common ancestor: {shown}",
-            why,
-            "prefer GPUs of one socket for small tensor-parallel sizes",
-        )
+        why = "pairs across NUMA nodes talk through the link between CPU sockets, and every all_reduce waits for it"
+        yield Finding(CHECK, Level.NOTE, what, why, "prefer GPUs of one socket where a model fits on them")
     else:
-        yield Finding(CHECK, Level.OK, f"nearest common ancestor: {shown}")
+        yield Finding(CHECK, Level.OK, what)
 
 
 def _pcie(gpu: Gpu, is_all_nvlink: bool) -> Iterator[Finding]:
-    level = Level.NOTE if is_all_nvlink else Level.DEGRADED
-    width, most = gpu.pcie_width, gpu.pcie_width_max
-    if width is None or most is None or gpu.pcie_generation is None or gpu.pcie_generation_max is None:
+    generation, generation_max, width, width_max = (
+        gpu.pcie_generation,
+        gpu.pcie_generation_max,
+        gpu.pcie_width,
+        gpu.pcie_width_max,
+    )
+    if generation is None or generation_max is None or width is None or width_max is None:
         yield Finding(CHECK, Level.UNCHECKED, "the driver does not tell the PCIe link")
         return
-    if width < most:
-        why = "all_reduce over PCIe is as fast as the narrowest link"
+    if width < width_max:
+        level = Level.NOTE if is_all_nvlink else Level.DEGRADED
+        what, why = f"PCIe x{width}, where x{width_max} is possible", "all_reduce is as fast as the narrowest link"
+        yield Finding(CHECK, level, what, why, "reseat the card; see the slot, riser and bifurcation settings")
+    if generation < generation_max:
+        what = f"PCIe generation {generation} now, {generation_max} at most"
+        why = "idle GPUs slow their link down; under load it should be the most"
+        yield Finding(CHECK, Level.NOTE, what, why, "look again while they compute")
+    elif (gpu.pcie_generation_gpu or 0) > generation_max:
+        what = f"PCIe generation {generation_max}, where the GPU could do {gpu.pcie_generation_gpu}"
         yield Finding(
-            CHECK,
-            level,
-            f"PCIe x{width}, where x{most} is possible",
-            why,
-            "reseat the card, or see the slot, riser and bifurcation settings",
+            CHECK, Level.NOTE, what, "the slot, a riser or the BIOS holds it back", "see the BIOS' link speed"
         )
-    if gpu.pcie_generation < gpu.pcie_generation_max:
-        what = f"PCIe generation {gpu.pcie_generation} now, {gpu.pcie_generation_max} at most"
-        yield Finding(
-            CHECK,
-            Level.NOTE,
-            what,
-            "idle GPUs slow their link down; under load it should be at most",
-            "look again while it computes",
-        )
-    elif (gpu.pcie_generation_gpu or 0) > gpu.pcie_generation_max:
-        what = f"PCIe generation {gpu.pcie_generation_max}, where the GPU could do {gpu.pcie_generation_gpu}"
-        yield Finding(
-            CHECK,
-            Level.NOTE,
-            what,
-            "the slot, a riser or the BIOS holds it back",
-            "see the slot and the BIOS' link speed setting",
-        )
-    elif width == most:
-        yield Finding(CHECK, Level.OK, f"PCIe generation {gpu.pcie_generation} x{width}, the most there is")
+    elif width == width_max:
+        yield Finding(CHECK, Level.OK, f"PCIe generation {generation} x{width}, the most there is")

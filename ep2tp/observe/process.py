@@ -15,7 +15,14 @@ from ep2tp.observe.layouts import sglang_scheduler, vllm_worker
 from ep2tp.observe.signs import tags
 from ep2tp.rewrite.guard import mapped_libraries
 
+
+def _engine_core(ranks: dict[str, int]) -> Reading:
+    says = "vLLM's engine core" + (" of a data-parallel rank" if ranks else "")
+    return Reading(says + "; its name tells no EP rank", strength=Strength.NOTE)
+
+
 _TITLES = (
+    (re.compile(r"^VLLM::EngineCore(?P<tags>(?:_[A-Z]+\d+)*)"), "vllm", _engine_core),
     (re.compile(r"^VLLM::Worker(?P<tags>(?:_[A-Z]+\d+)+)"), "vllm", vllm_worker),
     (re.compile(r"^sglang::scheduler(?P<tags>(?:_[A-Z]+\d+)+)"), "sglang", sglang_scheduler),
 )

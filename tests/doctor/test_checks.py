@@ -88,7 +88,7 @@ class TestLinks:
     def test_sockets(self) -> None:
         found = list(check_links(machine(2, ancestor="across NUMA nodes")))
         assert found[1].level is Level.NOTE
-        assert "across NUMA nodes: 1 pair" in found[1].what
+        assert "across NUMA nodes: 1 of the pairs" in found[1].what
 
 
 class TestP2P:

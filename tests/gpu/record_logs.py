@@ -34,8 +34,8 @@ RECORDINGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "vllm-0.25.1-gpu-tep2": ("vllm", _TP2 | _EP, "off"),
     "vllm-0.25.1-gpu-tep2-rewritten": ("vllm", _TP2 | _EP, "on"),
     "vllm-0.25.1-gpu-dep2": ("vllm", {"data_parallel_size": 2} | _EP, "off"),
-    "sglang-0.5.17-gpu-tp2": ("sglang", {"tp_size": 2}, "off"),
-    "sglang-0.5.17-gpu-tep2": ("sglang", {"tp_size": 2, "ep_size": 2}, "off"),
+    "sglang-0.5.17-gpu-tp2": ("sglang", {"tp_size": 2, "port": 30000}, "off"),
+    "sglang-0.5.17-gpu-tep2": ("sglang", {"tp_size": 2, "ep_size": 2, "port": 31000}, "off"),
 }
 _VLLM: dict[str, Any] = {
     "dtype": "bfloat16",
@@ -57,7 +57,7 @@ _SGLANG: dict[str, Any] = {
     "disable_custom_all_reduce": True,
     "enforce_disable_flashinfer_allreduce_fusion": True,
     "skip_tokenizer_init": True,
-    "mem_fraction_static": 0.05,
+    "mem_fraction_static": 0.3,
     "max_total_tokens": 4096,
     "max_running_requests": 4,
     "context_length": 256,
@@ -66,7 +66,7 @@ _SGLANG: dict[str, Any] = {
 # NVLink multicast stays off: on shared hosts it can put GPUs out of service.
 _ENVIRONMENT = {
     "NCCL_DEBUG": "INFO",
-    "NCCL_DEBUG_SUBSYS": "INIT,COLL",
+    "NCCL_DEBUG_SUBSYS": "COLL",
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",

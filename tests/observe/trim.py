@@ -27,14 +27,14 @@ _KEPT = re.compile(r"reduce|gather|all_?to_?all|SendRecv|Broadcast|moe|topk|exec
 
 
 def trim_log(text: str) -> str:
-    """A log without tracebacks and machine paths; NCCL's lines only of one rank, and at most 400 of them."""
-    kept, nccl = [], 0
+    """A log without tracebacks and machine paths; NCCL's lines of the first rank only."""
+    kept, first_rank = [], ""
     for line in text.splitlines():
         if _DROPPED.search(line) or not line.strip():
             continue
         if "NCCL INFO" in line:
-            nccl += 1
-            if nccl > 400:
+            first_rank = first_rank or line.split()[0].rpartition(":")[0]
+            if not line.startswith(first_rank):
                 continue
         for pattern, replacement in _PATHS:
             line = pattern.sub(replacement, line)
