@@ -38,13 +38,8 @@ def check_disk(folder: Path | None) -> Iterator[Finding]:
     files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
     largest = max(files, key=lambda path: path.stat().st_size, default=None)
     if largest is None or largest.stat().st_size < _SMALLEST:
-        yield Finding(
-            CHECK,
-            Level.UNCHECKED,
-            f"{folder}: no file of {_SMALLEST >> 20} MiB or more to read",
-            "",
-            "name a model's folder",
-        )
+        what = f"{folder}: no file of {_SMALLEST >> 20} MiB or more to read"
+        yield Finding(CHECK, Level.UNCHECKED, what, "", "name a model's folder")
         return
     speed = read_speed(largest)
     rate = speed.bytes_per_second
@@ -52,13 +47,8 @@ def check_disk(folder: Path | None) -> Iterator[Finding]:
     what = f"{largest.name} reads at {rate / 1e9:.2f} GB/s{cached}: 100 GB take {100e9 / rate:.0f} s"
     if rate < _SLOW:
         why = "every rank reads the checkpoint, and the engine starts when the last has it"
-        yield Finding(
-            CHECK,
-            Level.DEGRADED,
-            what,
-            why,
-            "a local NVMe disk, or ep2tp reshard --layout ranks: each rank reads its own bytes",
-        )
+        do = "a local NVMe disk, or ep2tp reshard --layout ranks: each rank reads its own bytes"
+        yield Finding(CHECK, Level.DEGRADED, what, why, do)
     else:
         yield Finding(CHECK, Level.OK, what)
 

@@ -22,14 +22,9 @@ def check_engines(limit_s: float = LIMIT_S) -> Iterator[Finding]:
     for name in installed:
         yield _check(name, limit_s)
     if not installed:
-        why = "ep2tp works inside vLLM or SGLang; nothing of them can be checked"
-        yield Finding(
-            CHECK,
-            Level.DEGRADED,
-            f"neither vLLM nor SGLang is installed beside {sys.executable}",
-            why,
-            "pip install vllm, in the environment that serves",
-        )
+        what = f"neither vLLM nor SGLang is installed beside {sys.executable}"
+        why = "ep2tp works inside one of them; nothing of it can be checked"
+        yield Finding(CHECK, Level.DEGRADED, what, why, "run this in the environment that serves")
 
 
 def _check(name: str, limit_s: float) -> Finding:
@@ -41,25 +36,15 @@ def _check(name: str, limit_s: float) -> Finding:
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     except subprocess.TimeoutExpired:
-        return Finding(
-            CHECK,
-            Level.BLOCKED,
-            f"{title} is installed, but importing it takes over {limit_s:.0f} s",
-            "it cannot start",
-        )
+        what = f"{title} is installed, but importing it takes over {limit_s:.0f} s"
+        return Finding(CHECK, Level.BLOCKED, what, "it cannot start")
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
-        return Finding(
-            CHECK, Level.BLOCKED, f"{title} is installed, but cannot be imported: {reason}", "it cannot start"
-        )
+        what = f"{title} is installed, but cannot be imported: {reason}"
+        return Finding(CHECK, Level.BLOCKED, what, "it cannot start")
     found = json.loads(run.stdout.splitlines()[-1])
     if found["problem"]:
         why = "ep2tp warns and leaves launches of this engine as they are"
-        return Finding(
-            CHECK,
-            Level.DEGRADED,
-            f"{title} {found['version']}: {found['problem']}",
-            why,
-            "use a version that ep2tp knows, or a newer ep2tp",
-        )
+        do = "use a version that ep2tp knows, or a newer ep2tp"
+        return Finding(CHECK, Level.DEGRADED, f"{title} {found['version']}: {found['problem']}", why, do)
     return Finding(CHECK, Level.OK, f"{title} {found['version']}: a version that ep2tp knows, and its seams hold")

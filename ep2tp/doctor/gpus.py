@@ -19,41 +19,30 @@ def check_gpus(machine: Machine, root: Path) -> Iterator[Finding]:
         yield _no_driver(machine.problem, root)
         return
     if not machine.gpus:
-        yield Finding(
-            CHECK, Level.DEGRADED, "the driver shows no GPU", "engines run on the CPU only", "see CUDA_VISIBLE_DEVICES"
-        )
+        why = "engines run on the CPU only"
+        yield Finding(CHECK, Level.DEGRADED, "the driver shows no GPU", why, "see CUDA_VISIBLE_DEVICES")
         return
     kinds = Counter(f"{gpu.name} ({gpu.capability or '?'}, {_gib(gpu.memory)})" for gpu in machine.gpus)
     shown = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     yield Finding(CHECK, Level.OK, f"{shown}; driver {machine.driver}, CUDA {machine.cuda}")
     if len(kinds) > 1:
         why = "every rank gets an even slice, so the smallest and slowest GPU sets memory and speed for all"
-        yield Finding(
-            CHECK, Level.DEGRADED, "the GPUs are of different kinds", why, "serve on equal ones: CUDA_VISIBLE_DEVICES"
-        )
-    if len(machine.gpus) == 1:
+        do = "serve on equal ones: CUDA_VISIBLE_DEVICES"
+        yield Finding(CHECK, Level.DEGRADED, "the GPUs are of different kinds", why, do)
+    count = len(machine.gpus)
+    if count == 1:
         yield Finding(CHECK, Level.NOTE, "one GPU: it holds every expert whole under any plan")
-    elif len(machine.gpus) & (len(machine.gpus) - 1):
-        why = f"attention heads seldom divide by {len(machine.gpus)}, and ep2tp pads MLPs, not attention"
-        yield Finding(
-            CHECK,
-            Level.NOTE,
-            f"{len(machine.gpus)} GPUs, not a power of two",
-            why,
-            "ep2tp patches --model MODEL --tp N",
-        )
+    elif count & (count - 1):
+        why = f"attention heads seldom divide by {count}, and ep2tp pads MLPs, not attention"
+        do = f"ep2tp patches --model MODEL --tp {count}"
+        yield Finding(CHECK, Level.NOTE, f"{count} GPUs, not a power of two", why, do)
 
 
 def _no_driver(problem: str, root: Path) -> Finding:
     if _has_nvidia_device(root):
+        what = f"an NVIDIA GPU is in this machine, but its driver does not answer: {problem}"
         do = "install or reload the driver; in a container, start it with --gpus all"
-        return Finding(
-            CHECK,
-            Level.BLOCKED,
-            f"an NVIDIA GPU is in this machine, but its driver does not answer: {problem}",
-            "no engine can use it",
-            do,
-        )
+        return Finding(CHECK, Level.BLOCKED, what, "no engine can use it", do)
     why = "links, P2P and memory cannot be checked; engines run on the CPU only"
     return Finding(CHECK, Level.DEGRADED, f"no NVIDIA GPU here ({problem})", why, "run this on the machine that serves")
 

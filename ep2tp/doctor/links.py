@@ -63,8 +63,6 @@ def _pcie(gpu: Gpu, is_all_nvlink: bool) -> Iterator[Finding]:
         yield Finding(CHECK, Level.NOTE, what, why, "look again while they compute")
     elif (gpu.pcie_generation_gpu or 0) > generation_max:
         what = f"PCIe generation {generation_max}, where the GPU could do {gpu.pcie_generation_gpu}"
-        yield Finding(
-            CHECK, Level.NOTE, what, "the slot, a riser or the BIOS holds it back", "see the BIOS' link speed"
-        )
+        yield Finding(CHECK, Level.NOTE, what, "the slot, a riser or the BIOS holds it back", "see the BIOS")
     elif width == width_max:
         yield Finding(CHECK, Level.OK, f"PCIe generation {generation} x{width}, the most there is")

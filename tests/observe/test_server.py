@@ -72,7 +72,7 @@ def test_sglang(path: str) -> None:
 @pytest.mark.parametrize(
     ("fingerprint", "plan"),
     [
-        ("vllm-0.33.0-tp4-0a1b2c3d", "TP"),
+        ("vllm-0.32.0-tp2-0715ef1e", "TP"),  # seen
         ("vllm-0.33.0-tp4-ep-0a1b2c3d", "TEP"),
         ("vllm-0.33.0-tp2-dp2-ep-nohash", "DEP"),
         ("vllm-0.32.0+cpu-0a1b2c3d", "TP"),
