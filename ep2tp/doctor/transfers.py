@@ -74,8 +74,8 @@ def probe_pair(first: str, second: str, limit_s: float = LIMIT_S) -> Proof:
 def _what_it_said(process: subprocess.Popen[str]) -> str:
     try:
         return process.communicate(timeout=_KILL_WAIT_S)[0]
-    except subprocess.TimeoutExpired:
-        return ""  # the driver holds on to it; it cannot be ended, and is left
+    except subprocess.TimeoutExpired as error:  # the driver holds on to it: it cannot be ended, and is left
+        return (error.output or b"").decode()
 
 
 def read_proof(out: str, ending: str) -> Proof:

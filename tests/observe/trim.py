@@ -23,23 +23,20 @@ _DROPPED = re.compile(
     r"\] (?:  |Traceback|\s*\^)|^(?:  |Traceback|\s*\^)|Warning: |ERROR .*\] (?:\s|$)"  # tracebacks, Python's warnings
     r"|Ignore import error when loading|CUDA coredump pipe"
 )
+_NCCL, _MOST_NCCL = "NCCL INFO", 400
 _KEPT = re.compile(r"reduce|gather|all_?to_?all|SendRecv|Broadcast|moe|topk|execute|dispatch|combine", re.IGNORECASE)
 
 
 def trim_log(text: str) -> str:
-    """A log without tracebacks and machine paths; NCCL's lines of the first rank only."""
-    kept, first_rank = [], ""
-    for line in text.splitlines():
-        if _DROPPED.search(line) or not line.strip():
-            continue
-        if "NCCL INFO" in line:
-            first_rank = first_rank or line.split()[0].rpartition(":")[0]
-            if not line.startswith(first_rank):
-                continue
-        for pattern, replacement in _PATHS:
-            line = pattern.sub(replacement, line)
-        kept.append(line)
-    return "\n".join(kept) + "\n"
+    """A log without tracebacks and machine paths; of NCCL's lines the last ones of one rank."""
+    lines = [line for line in text.splitlines() if line.strip() and not _DROPPED.search(line)]
+    ranks = [line.split()[0].rpartition(":")[0] for line in lines if _NCCL in line]
+    of_one_rank = [i for i, line in enumerate(lines) if _NCCL in line and line.startswith(ranks[0])]
+    kept = set(of_one_rank[-_MOST_NCCL:])
+    lines = [line for i, line in enumerate(lines) if _NCCL not in line or i in kept]
+    for pattern, replacement in _PATHS:
+        lines = [pattern.sub(replacement, line) for line in lines]
+    return "\n".join(lines) + "\n"
 
 
 def trim_trace(trace: dict[str, Any]) -> dict[str, Any]:
