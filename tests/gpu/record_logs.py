@@ -128,7 +128,9 @@ def _run(request: dict[str, Any]) -> None:
 
 
 def _vllm_arguments(request: dict[str, Any]) -> dict[str, Any]:
-    profiler = {"profiler": "torch", "torch_profiler_dir": request["traces"], "torch_profiler_with_stack": False}
+    from vllm.config.profiler import ProfilerConfig
+
+    profiler = ProfilerConfig(profiler="torch", torch_profiler_dir=request["traces"], torch_profiler_with_stack=False)
     return {"model": request["model"], "profiler_config": profiler, **_VLLM, **request["arguments"]}
 
 
@@ -169,7 +171,7 @@ def _run_sglang(request: dict[str, Any]) -> None:
     engine = sglang.Engine(model_path=request["model"], **_SGLANG, **request["arguments"])
     sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
     engine.generate(input_ids=[PROMPT], sampling_params=sampling)
-    engine.start_profile(output_dir=request["traces"], activities=["CPU", "GPU"])
+    engine.start_profile(output_dir=request["traces"], activities=["CPU", "GPU"], with_stack=False)
     engine.generate(input_ids=[PROMPT], sampling_params=sampling)
     engine.stop_profile()
     print("GENERATED", flush=True)
