@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 import re
 import subprocess
 import sys
@@ -93,6 +94,20 @@ def test_colours_and_time_stamps_before_the_prefix() -> None:
     assert of_text(stamped).plan is Plan.TEP
     assert of_text(stamped).confidence == "high"
     assert "\x1b" not in "".join(piece.text for piece in of_text(stamped).evidence)
+
+
+@pytest.mark.parametrize("name", ["tep2-crashes", "tep2-rewritten", "dep2-crashes", "tp2"])
+def test_ranks_that_write_in_any_order_and_into_one_anothers_lines(name: str) -> None:
+    verdict = of_text(log(f"vllm-0.32.0-{name}"))
+    lines = log(f"vllm-0.32.0-{name}").splitlines()
+    first = next((i for i, line in enumerate(lines) if "non-default args" in line), 0) + 1
+    for seed in range(20):
+        workers = lines[first:]
+        random.Random(seed).shuffle(workers)
+        shuffled = of_text("\n".join(lines[:first] + workers))
+        assert (shuffled.plan, shuffled.confidence) == (verdict.plan, verdict.confidence)
+        joined = of_text("\n".join(lines[:first]) + "\n" + re.sub(r"\n(?=\(Worker_\w+1)", "", "\n".join(workers)))
+        assert joined.plan is verdict.plan
 
 
 def test_a_prompt_that_quotes_a_log_tells_nothing() -> None:
