@@ -97,5 +97,7 @@ def plans_of(kinds: Counter[str]) -> list[Reading]:
         return [Reading(says, DISPATCHED, Strength.SUPPORT), Reading(usual, DEP, Strength.HINT)]
     if kinds["all_reduce"]:
         says = f"{kinds['all_reduce']} all_reduce calls and no dispatch: TP or TEP, which make the same collectives"
-        return [Reading(says, ALL_REDUCE, Strength.SUPPORT)]
+        if kinds["send_recv"]:
+            says += f"; {kinds['send_recv']} transfers between two ranks are taken for those of a pipeline"
+        return [Reading(says, ALL_REDUCE, Strength.HINT if kinds["send_recv"] else Strength.SUPPORT)]
     return []

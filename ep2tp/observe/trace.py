@@ -90,6 +90,8 @@ def _counted(tally: Tally, layers: dict[str, int]) -> Iterator[Evidence]:
         yield Evidence(Reading(says, strength=Strength.NOTE), "(no collective)")
         return
     layer, passes = next(((name, count) for name, count in layers.items() if count), ("", 0))
+    if tally.kinds["send_recv"] >= passes > 0:  # a pipeline makes one or two a step, an exchange one or more a layer
+        tally.kinds["all_to_all"] += tally.kinds.pop("send_recv")
     text = f"{counts}; {passes} passes through MoE layers ({layer})" if passes else counts
     if passes:
         kinds = ", ".join(f"{count / passes:.3g} {kind}" for kind, count in tally.kinds.most_common())

@@ -61,6 +61,13 @@ def test_kernels_of_an_all_to_all_library_are_decisive() -> None:
     assert (verdict.plan, verdict.confidence) == (Plan.DEP, "high")
 
 
+def test_an_exchange_in_every_layer_is_dispatch_and_one_a_step_a_pipeline() -> None:
+    layer = [kernel("moe_align_block_size_kernel"), kernel("ncclDevKernel_AllReduce_Sum_bf16")]
+    transfer = [kernel("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)")]
+    assert of_events((layer + transfer * 2) * 8).plan is Plan.DEP
+    assert of_events((layer * 4 + transfer) * 8).fits == {Plan.TP, Plan.TEP}
+
+
 @pytest.mark.parametrize("as_list", [True, False])
 def test_where_gpu_kernels_are_operators_are_not_counted_again(as_list: bool) -> None:
     operator = {"ph": "X", "cat": "cpu_op", "name": "c10d::allreduce_", "ts": 1, "dur": 1}
