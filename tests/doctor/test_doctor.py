@@ -17,6 +17,8 @@ from ep2tp.cli import main
 from ep2tp.doctor import cache
 from ep2tp.doctor.examine import examine
 from ep2tp.doctor.finding import Finding, Level, verdict
+from ep2tp.doctor.gpus import check_gpus
+from ep2tp.doctor.links import check_links
 from ep2tp.doctor.machine import Machine
 from ep2tp.doctor.report import print_report
 from ep2tp.doctor.transfers import Proof
@@ -99,6 +101,15 @@ def test_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert value["verdict"] == "blocked"
     assert {"check", "level", "what", "why", "do"} == value["findings"][0].keys()
     assert Machine.from_json(value["machine"]) == machine(2)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "data" / "machines").glob("*.json")), ids=str)
+def test_a_recorded_machine_gives_the_findings_it_gave(path: Path) -> None:
+    """What ``ep2tp doctor --json`` printed on a real machine (``tests/gpu/test_doctor.py`` writes it)."""
+    recorded = json.loads(path.read_text())
+    subject = Machine.from_json(recorded["machine"])
+    expected = [Finding(**finding) for finding in recorded["findings"] if finding["check"] in ("GPUs", "links")]
+    assert [*check_gpus(subject, Path("/")), *check_links(subject)] == expected
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,26 @@ def test_the_process_name_tells_tp_from_tep(title: str, plan: str, engine: str |
     name = {"ph": "M", "name": "process_name", "pid": 3, "args": {"name": title}}
     verdict = of_events([name, kernel("ncclDevKernel_AllReduce_Sum_bf16")])
     assert (verdict.plan.value, verdict.engine) == (plan, engine)
+
+
+_MEASURE = """
+import resource
+from ep2tp.observe.source import read_source
+from ep2tp.observe.verdict import judge
+print(*sorted(judge(read_source("-")).fits), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_trace() -> None:
+    def peak(layers: int) -> int:
+        layer = json.dumps([kernel("ncclDevKernel_AllReduce_Sum_bf16"), *[kernel("gemm")] * 30])[1:-1].encode()
+        trace = b'{"traceEvents": [' + b",".join([layer] * layers) + b"]}"
+        run = subprocess.run([sys.executable, "-c", _MEASURE], input=gzip.compress(trace, 1), stdout=-1, check=True)
+        *fits, kilobytes = run.stdout.split()
+        assert fits == [b"TEP", b"TP"]
+        return int(kilobytes)
+
+    assert peak(10_000) < peak(100) + 8_000  # 30 MB of JSON
 
 
 def test_a_broken_trace_is_one_error(tmp_path: Path) -> None:
