@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ep2tp.observe.evidence import Plan
     from ep2tp.observe.verdict import Verdict
 
 _OTHER_PLAN = 3
@@ -85,11 +84,7 @@ def _found(verdict: Verdict) -> str:
 
     if verdict.plan is not Plan.UNKNOWN or verdict.fits == ANY:
         return verdict.plan.value
-    return "unknown: " + " or ".join(_in_order(verdict.fits))
-
-
-def _in_order(plans: frozenset[Plan]) -> list[str]:
-    return [plan.value for plan in sorted(plans, key=list(type(next(iter(plans)))).index)]
+    return "unknown: " + " or ".join(plan.value for plan in Plan if plan in verdict.fits)
 
 
 def _says(verdict: Verdict, i: int) -> str:

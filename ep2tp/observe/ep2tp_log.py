@@ -34,9 +34,10 @@ SIGNS = (
     Sign("left", "left the launch's", message(r"ep2tp \S+ left the launch's parallelism as it is: (?P<why>.*)"), _left),
     Sign(
         "change",
-        "plugin.py:",
+        "--",
+        # vLLM begins each line of a message with its prefix, SGLang the first alone.
         re.compile(
-            r"\[plugin\.py:\d+\] (?P<setting>--[\w-]+) {2,}(?P<before>\S.*?) {2,}(?P<after>\S.*?) {2,}(?P<why>\S.*)"
+            r"^(?:.*\[plugin\.py:\d+\] )?(?P<setting>--\S+) {2,}(?P<before>.+?) {2,}(?P<after>.+?) {2,}(?P<why>.+)"
         ),
         _change,
     ),

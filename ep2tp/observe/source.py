@@ -6,6 +6,7 @@ import gzip
 import io
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,7 +45,7 @@ def _read_stream(source: str) -> Iterator[Evidence]:
             stream = _unpacked(cast("io.BufferedReader", raw))
             is_trace = bool(_TRACE.match(stream.peek(_PEEK)[:_PEEK]))
             yield from _read(stream, is_trace, source)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise SourceError(
                 f"{source}: cannot be read ({error.args[-1]}); name a log, a trace, a URL or a pid"
             ) from error

@@ -21,10 +21,12 @@ from ep2tp.demo.tiny import TinyModel
 MODEL = TinyModel("glm4_moe", heads=12, kv_heads=6, expert_size=64, dense_size=256)
 LIMIT_S = 120
 _TP2: dict[str, Any] = {"tp_size": 2}
-RECORDINGS: dict[str, dict[str, Any]] = {
-    "sglang-0.5.23-tp1": {},
-    "sglang-0.5.23-tp2": _TP2,
-    "sglang-0.5.23-tep2-crashes": _TP2 | {"ep_size": 2},
+RECORDINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "sglang-0.5.23-tp1": ({}, "off"),
+    "sglang-0.5.23-tp2": (_TP2, "off"),
+    "sglang-0.5.23-tep2-crashes": (_TP2 | {"ep_size": 2}, "off"),
+    "sglang-0.5.23-dep2-crashes": (_TP2 | {"moe_a2a_backend": "deepep"}, "off"),
+    "sglang-0.5.23-tep2-rewritten": (_TP2 | {"ep_size": 2}, "on"),
 }
 _CPU = {
     "device": "cpu",
@@ -46,12 +48,14 @@ _CPU = {
 def record(folder: Path, name: str) -> int:
     """Run one engine; its output goes to ``FOLDER/NAME.log``."""
     model = MODEL.write(folder / "sglang-model", "float32")
-    engine = {"model_path": str(model), **_CPU, **RECORDINGS[name]}
+    arguments, mode = RECORDINGS[name]
+    engine = {"model_path": str(model), **_CPU, **arguments}
     environment = os.environ | {
         "SGLANG_USE_CPU_ENGINE": "1",
         "SGLANG_CPU_OMP_THREADS_BIND": "0|1" if engine.get("tp_size") == 2 else "0",
         "HF_HUB_OFFLINE": "1",
-        "SGLANG_PLUGINS": "none",
+        "SGLANG_PLUGINS": "none" if mode == "off" else "ep2tp",
+        "EP2TP": mode,
     }
     with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(

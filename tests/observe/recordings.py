@@ -24,6 +24,8 @@ RECORDINGS = {
     "sglang-0.5.23-tp1.log": ("TP", "sglang", "high"),
     "sglang-0.5.23-tp2.log": ("TP", "sglang", "high"),
     "sglang-0.5.23-tep2-crashes.log": ("TEP", "sglang", "high"),
+    "sglang-0.5.23-dep2-crashes.log": ("DEP", "sglang", "high"),
+    "sglang-0.5.23-tep2-rewritten.log": ("TP", "sglang", "high"),
     "vllm-0.25.1-gpu-tp2.log": ("TP", "vllm", "high"),
     "vllm-0.25.1-gpu-tep2.log": ("TEP", "vllm", "high"),
     "vllm-0.25.1-gpu-dep2.log": ("DEP", "vllm", "high"),
