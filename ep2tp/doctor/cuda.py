@@ -30,8 +30,29 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 
+# What moves bytes, or is to make that possible; memory copies report what went wrong in a kernel before them.
+_TRANSFERS = frozenset(
+    {
+        "cuCtxEnablePeerAccess",
+        "cuMemcpyPeer",
+        "cuLaunchKernel",
+        "cuCtxSynchronize",
+        "cuMemcpyHtoD_v2",
+        "cuMemcpyDtoH_v2",
+    }
+)
+
+
 class CudaError(Exception):
-    """A call of the driver failed; names the call and the error."""
+    """A call of the driver failed; names the call and the error.
+
+    Attributes:
+        is_lack: whether it lacked what a transfer needs (memory, a free GPU), before anything was transferred.
+    """
+
+    def __init__(self, message: str, is_lack: bool = True) -> None:
+        super().__init__(message)
+        self.is_lack = is_lack
 
 
 class Driver:
@@ -56,7 +77,7 @@ class Driver:
         if status and status not in accept:
             words = c_char_p()
             self._library.cuGetErrorName(status, byref(words))
-            raise CudaError(f"{name}: {(words.value or b'unknown error').decode()} ({status})")
+            raise CudaError(f"{name}: {(words.value or b'unknown error').decode()} ({status})", name not in _TRANSFERS)
 
     def device(self, bus_id: str) -> Device:
         """The GPU at a PCI address."""

@@ -120,10 +120,13 @@ def run(probe: Probe) -> Iterator[dict[str, object]]:
         yield {"begins": step}
         try:
             act()
-        except (Unproven, CudaError) as error:
+        except Unproven as error:
             yield {"step": step, "proven": False, "because": str(error)}
-            if isinstance(error, CudaError):
-                return  # the context may be beyond use
+        except CudaError as error:
+            if error.is_lack:
+                raise
+            yield {"step": step, "proven": False, "because": str(error)}
+            return  # the context may be beyond use
         else:
             yield {"step": step, "proven": True}
 

@@ -89,7 +89,7 @@ def read_proof(out: str, ending: str) -> Proof:
     for line in out.splitlines():
         value: dict[str, Any] = json.loads(line)
         if "failed" in value:
-            return Proof({}, {}, value["failed"])
+            return Proof(proven, because) if because else Proof({}, {}, value["failed"])
         if "begins" in value:
             begun = value["begins"]
             continue

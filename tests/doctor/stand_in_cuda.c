@@ -1,6 +1,6 @@
 /* A stand-in for libcuda.so.1 on machines without a GPU: "devices" are this process's memory. It lets the tests run the
    probe's own code, in its own process. STAND_IN picks what goes wrong: corrupt, hang, die, no_p2p, no_atomics,
-   lost_atomics, refuse. */
+   lost_atomics, no_memory, refuse. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -40,7 +40,11 @@ int cuCtxEnablePeerAccess(void *peer, unsigned flags) {
   return peer == current ? 101 : 0;
 }
 int cuCtxSynchronize(void) { return 0; }
-int cuMemAlloc_v2(uint64_t *address, size_t size) { return *address = (uint64_t)malloc(size), *address ? 0 : 2; }
+int cuMemAlloc_v2(uint64_t *address, size_t size) {
+  static int left = 5;
+  if (is("no_memory") && !left--) return 2;
+  return *address = (uint64_t)malloc(size), *address ? 0 : 2;
+}
 int cuMemcpyHtoD_v2(uint64_t target, const void *source, size_t size) { return memcpy((void *)target, source, size), 0; }
 int cuMemcpyDtoH_v2(void *target, uint64_t source, size_t size) { return memcpy(target, (void *)source, size), 0; }
 int cuMemcpyPeer(uint64_t target, void *to, uint64_t source, void *from, size_t size) {

@@ -79,6 +79,10 @@ def test_a_gpu_that_is_not_there_is_no_proof(probe) -> None:
     assert proof.failed == "cuDeviceGetByPCIBusId: CUDA_ERROR_STAND_IN (101)"
 
 
+def test_gpus_without_free_memory_are_no_proof(probe) -> None:
+    assert probe("no_memory") == Proof({}, {}, "cuMemAlloc_v2: CUDA_ERROR_STAND_IN (2)")
+
+
 def test_no_driver_is_no_proof(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     proof = probe_pair("0000:01:00.0", "0000:02:00.0")
@@ -97,6 +101,8 @@ def test_output_of_a_probe_that_stopped_half_way() -> None:
     out = '{"begins": "copy forth"}\n{"step": "copy forth", "proven": true}\n{"begins": "write forth"}\n'
     assert read_proof(out, "it ended").because == {"write forth": "it ended"}
     assert read_proof("", "it ended").failed == "it ended"
+    broken = '{"step": "copy forth", "proven": false, "because": "wrong"}\n{"failed": "no memory"}\n'
+    assert read_proof(broken, "").because == {"copy forth": "wrong"}
 
 
 def test_the_kernels_assemble(tmp_path: Path) -> None:
