@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from ep2tp.observe.evidence import Reading
 
-# Where a message begins: the line's start, after a logger's prefix, or as a field of a JSON log. Elsewhere the same
-# words are somebody's prompt, or code in a traceback.
-MESSAGE = r"(?:^|\] |\"(?:message|msg)\": ?\")"
+# Where a message begins: the line's start, after the bracketed parts of loggers' prefixes (with no quote before it), or
+# as a field of a JSON log. Elsewhere the same words are somebody's prompt, or code in a traceback.
+MESSAGE = r"(?:^(?:[^\[\]'\"]*\[[^\[\]'\"]*\][: ]+){0,3}|\"(?:message|msg)\": ?\")"
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,10 @@ def test_ep2tp_and_workers_that_disagree_are_a_contradiction() -> None:
 def test_colours_and_time_stamps_before_the_prefix() -> None:
     text = log("vllm-0.32.0-tep2-crashes")
     coloured = re.sub(r"^(\([^)]*\))", "\x1b[0;36m\\1\x1b[0;0m", text, flags=re.MULTILINE)
-    stamped = re.sub(r"^", "2026-11-24T20:22:36.123456789Z stdout F ", coloured, flags=re.MULTILINE)
-    assert of_text(stamped).plan is Plan.TEP
-    assert of_text(stamped).confidence == "high"
+    for prefix in ("2026-11-24T20:22:36.123456789Z stdout F ", "Nov 24 20:22:36 node1 vllm[4711]: ", "vllm-1  | "):
+        stamped = re.sub(r"^", prefix, coloured, flags=re.MULTILINE)
+        assert len(of_text(stamped).evidence) == len(of_text(text).evidence)
+        assert (of_text(stamped).plan, of_text(stamped).confidence) == (Plan.TEP, "high")
     assert "\x1b" not in "".join(piece.text for piece in of_text(stamped).evidence)
 
 
@@ -123,6 +124,10 @@ def test_a_prompt_that_quotes_a_log_tells_nothing() -> None:
         )
     )
     assert of_text(log("vllm-0.32.0-tp2") + prompts) == of_text(log("vllm-0.32.0-tp2"))
+    quoted = (
+        "[2026-11-24 20:22:36] Receive: obj=GenerateReqInput(text='[log] Using DeepEPLLPrepareAndFinalize', rid=1)\n"
+    )
+    assert of_text(log("sglang-0.5.23-tp2") + quoted) == of_text(log("sglang-0.5.23-tp2"))
 
 
 @pytest.mark.parametrize(
