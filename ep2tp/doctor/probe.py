@@ -57,15 +57,20 @@ class Probe:
         self._tamper = tamper
 
     def steps(self) -> Iterator[tuple[str, Callable[[], None]]]:
-        """Name and action of each step; an action raises Unproven or CudaError where it fails."""
-        for here, there, way in ((0, 1, "forth"), (1, 0, "back")):
-            a, b = self._devices[here], self._devices[there]
+        """Name and action of each step; an action raises Unproven or CudaError where it fails.
+
+        Atomics come last: tensor parallelism does without, so they must not keep the rest from being proven.
+        """
+        first, second = self._devices
+        ways = ((first, second, "forth"), (second, first, "back"))
+        for a, b, way in ways:
             yield f"copy {way}", partial(self._copy, a, b)
             if a.can_access(b):
                 yield f"write {way}", partial(self._kernel, a, a, b)
                 yield f"read {way}", partial(self._kernel, a, b, a)
-                if a.attribute(NATIVE_ATOMICS, b):
-                    yield f"atomics {way}", partial(self._atomics, a, b)
+        for a, b, way in ways:
+            if a.can_access(b) and a.attribute(NATIVE_ATOMICS, b):
+                yield f"atomics {way}", partial(self._atomics, a, b)
 
     def _copy(self, a: Device, b: Device) -> None:
         """The copy engine of ``a`` moves a pattern to ``b``, directly where the driver offers that."""

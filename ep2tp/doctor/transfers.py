@@ -38,8 +38,8 @@ class Proof:
 
     @property
     def broken(self) -> list[str]:
-        """Steps that did not move the right bytes."""
-        return [step for step, proven in self.proven.items() if not proven]
+        """Transfers that did not move the right bytes. Atomics are not among them: tensor parallelism does without."""
+        return [step for step, proven in self.proven.items() if not proven and not step.startswith("atomics")]
 
     def has(self, kind: str) -> bool:
         """Whether ``write``, ``read`` or ``atomics`` was proven, in both directions."""
@@ -128,21 +128,20 @@ def _of_pair(pair: Pair, proof: Proof, is_nvlink: bool) -> Iterator[Finding]:
             yield Finding(CHECK, Level.NOTE, what, "NCCL goes by what CUDA reports, which is that it works")
         yield _atomics(proof)
     else:
+        level = Level.NOTE if is_nvlink else Level.DEGRADED
+        what = f"no P2P ({_words(pair)}); copies through the host are proven"
         why = "GPUs exchange data through host memory: every all_reduce crosses PCIe twice"
         do = "on GeForce and some workstation boards a driver with P2P enabled (its ForceP2P options) or a PCIe switch"
-        yield Finding(
-            CHECK,
-            Level.NOTE if is_nvlink else Level.DEGRADED,
-            f"no P2P ({_words(pair)}); copies through the host are proven",
-            why,
-            do,
-        )
+        yield Finding(CHECK, level, what, why, do)
 
 
 def _atomics(proof: Proof) -> Finding:
+    why = "NVSHMEM and DeepEP need them; tensor parallelism does not"
     if proof.has("atomics"):
         return Finding(CHECK, Level.OK, "remote atomics proven: no addition of two GPUs to one counter was lost")
-    why = "NVSHMEM and DeepEP need them; tensor parallelism does not"
+    if failed := [step for step in proof.because if step.startswith("atomics")]:
+        what = f"the driver offers remote atomics, and {failed[0]} fails: {proof.because[failed[0]]}"
+        return Finding(CHECK, Level.DEGRADED, what, why, "use no expert parallelism that needs NVSHMEM here")
     return Finding(CHECK, Level.NOTE, "no remote atomics between these GPUs, says the driver", why)
 
 

@@ -11,6 +11,7 @@ from ep2tp.doctor.transfers import Proof
 STEPS = [f"{kind} {way}" for way in ("forth", "back") for kind in ("copy", "write", "read", "atomics")]
 PROVEN = Proof(dict.fromkeys(STEPS, True), {})
 WITHOUT_ATOMICS = Proof({step: True for step in STEPS if "atomics" not in step}, {})
+LOST_ATOMICS = Proof(PROVEN.proven | {"atomics forth": False}, {"atomics forth": "no end after 45 s"})
 COPIES_ONLY = Proof({"copy forth": True, "copy back": True}, {})
 BROKEN = Proof({"copy forth": True, "write forth": False}, {"write forth": "no end after 45 s"})
 

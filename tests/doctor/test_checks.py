@@ -22,7 +22,7 @@ from ep2tp.doctor.links import check_links
 from ep2tp.doctor.machine import Machine, read_machine
 from ep2tp.doctor.surroundings import check_registry, check_shared_memory, check_variables
 from ep2tp.doctor.transfers import Proof, check_transfers
-from tests.doctor.machines import BROKEN, COPIES_ONLY, PROVEN, WITHOUT_ATOMICS, machine
+from tests.doctor.machines import BROKEN, COPIES_ONLY, LOST_ATOMICS, PROVEN, WITHOUT_ATOMICS, machine
 
 
 def levels(findings: Any) -> list[Level]:
@@ -97,6 +97,7 @@ class TestP2P:
         [
             ("ok", PROVEN, [Level.OK, Level.OK]),
             ("ok", WITHOUT_ATOMICS, [Level.OK, Level.NOTE]),
+            ("ok", LOST_ATOMICS, [Level.OK, Level.DEGRADED]),
             ("ok", BROKEN, [Level.BLOCKED]),
             ("chipset not supported", COPIES_ONLY, [Level.DEGRADED]),
             ("chipset not supported", PROVEN, [Level.OK, Level.NOTE, Level.OK]),
