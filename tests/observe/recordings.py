@@ -33,7 +33,7 @@ RECORDINGS = {
     "vllm-0.25.1-gpu-tp2.trace.json.gz": ("TP", "vllm", "high"),
     "vllm-0.25.1-gpu-tep2.trace.json.gz": ("TEP", "vllm", "medium"),
     "vllm-0.25.1-gpu-tep2-rewritten.trace.json.gz": ("TP", "vllm", "high"),
-    "vllm-0.25.1-gpu-dep2.trace.json.gz": ("DEP", "vllm", "low"),  # one process a rank, whose name tells no EP rank
+    "vllm-0.25.1-gpu-dep2.trace.json.gz": ("DEP", "vllm", "high"),
     "sglang-0.5.17-gpu-tp2.log": ("TP", "sglang", "high"),
     "sglang-0.5.17-gpu-tep2.log": ("TEP", "sglang", "high"),
     "sglang-0.5.17-gpu-tp2.trace.json.gz": ("TP", "sglang", "medium"),
