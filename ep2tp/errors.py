@@ -35,3 +35,7 @@ class SeamError(Ep2tpError, RuntimeError):
 
 class GuardError(Ep2tpError, ImportError):
     """Something imported an expert-parallel library while a rewrite keeps it out."""
+
+
+class SourceError(Ep2tpError, ValueError):
+    """A log, trace, server or process cannot be read."""
