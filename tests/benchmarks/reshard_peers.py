@@ -150,6 +150,7 @@ def main(folder: Path, repetitions: int) -> None:
         run_engine("ranks, --load-format ep2tp", folder / "ep2tp", "ep2tp")
     same["DeepSeek"] = run_engine("DeepSeek's files, stock load", folder / "load", "auto") == tokens
     state = folder / "state"
+    state.mkdir()
     if run_engine("stock load, then save_sharded_state", source, "auto", state):
         for path in source.glob("*.json"):
             shutil.copy(path, state)
