@@ -9,6 +9,7 @@ import click
 
 from ep2tp import __version__
 from ep2tp.checkpoint.commands import reshard_command, verify_command
+from ep2tp.commands.plan import plan_command
 from ep2tp.errors import Ep2tpError
 
 
@@ -80,5 +81,6 @@ def demo(tp: int, keep: str | None) -> None:
     sys.exit(run_demo(tp, Path(keep) if keep else None))
 
 
+main.add_command(plan_command)
 main.add_command(reshard_command)
 main.add_command(verify_command)
