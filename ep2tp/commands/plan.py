@@ -37,7 +37,7 @@ class _Batches(click.ParamType[tuple[int, ...]]):
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as one JSON object.")
 @click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE.png", help="Draw time per token by batch.")
 @click.option("--calibrate", is_flag=True, help="Measure this machine's collectives and memory, and store a profile.")
-@click.option("--output", type=click.Path(dir_okay=False), metavar="FILE.json", help="With --calibrate: where to store.")
+@click.option("--output", type=click.Path(dir_okay=False), metavar="FILE", help="With --calibrate: where to store it.")
 def plan_command(model: str | None, gpus: int | None, calibrate: bool, output: str | None, **options: Any) -> None:
     """Compare parallel plans of MODEL on --gpus GPUs: memory, divisibility, communication, time; and say which to run.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
+from math import inf, log
 
 from ep2tp.planner.compare import Assessment, Question, fastest
 from ep2tp.planner.divisibility import kv_copies, slices_below_block
@@ -55,6 +55,8 @@ def advise(question: Question, assessed: Sequence[Assessment]) -> Verdict:
 
 
 def _best(question: Question, running: Sequence[Assessment]) -> Assessment:
+    held = [sum(a.holds(batch) for batch in question.batches) for a in running]
+    running = [a for a, count in zip(running, held, strict=True) if count == max(held)]
     scores = [sum(log(a.decode[batch].total) for batch in question.batches) for a in running]
     least = min(scores)
     tolerance = log(1.02) * len(question.batches)  # closer than 2%: the simpler plan, which comes first
@@ -113,7 +115,7 @@ def _batches_where_ep_wins(
     for batch in question.batches:
         winner = fastest(running, batch)
         if winner.layout.plan in _EP and sliced:
-            rival = min(a.decode[batch].total for a in sliced)
+            rival = min((a.decode[batch].total for a in sliced if a.holds(batch)), default=inf)
             if rival > _CLEAR * winner.decode[batch].total:
                 found[batch] = winner
     return found
@@ -163,11 +165,11 @@ def _padding(question: Question, best: Assessment) -> list[str]:
             f"ep2tp pads what does not divide: +{best.weights.padding_share:.1%} of the MLP weights, "
             f"{best.weights.padding / GB:.2f} GB a GPU."
         )
-    for c in slices_below_block(question.facts, best.layout):
-        found.append(
-            f"A slice of the {c.name} weights ({c.size}) is smaller than one block of {c.block}: some ranks hold "
-            "nothing but padding; whole experts or fewer ranks with pipeline stages use the GPUs better."
-        )
+    found += [
+        f"A slice of the {c.name} weights ({c.size}) is smaller than one block of {c.block}: some ranks hold nothing "
+        "but padding; whole experts, or fewer ranks with pipeline stages, use the GPUs better."
+        for c in slices_below_block(question.facts, best.layout)
+    ]
     if nccl_settings(question.link.name)[2]:
         found.append(f"NCCL: {nccl_settings(question.link.name)[2]}.")
     return found
@@ -178,6 +180,6 @@ def _nothing_runs(question: Question, assessed: Sequence[Assessment]) -> list[st
     usable = usable_bytes(question.gpu.memory_gb) / GB
     found = [
         f"No plan fits: {least.layout} needs least, {(least.weights.total + least.cache) / GB:.1f} GB a GPU, and "
-        f"{usable:.1f} GB of a {question.gpu.name} are usable. Use more GPUs, a smaller quantisation, or less --context."
+        f"{usable:.1f} GB of a {question.gpu.name} are usable. Use more GPUs, a smaller quantisation or less --context."
     ]
     return found + [f"{a.layout} cannot run: {a.blockers[0]}." for a in assessed if a.blockers and a.fits]

@@ -70,7 +70,7 @@ def _mla(facts: ModelFacts, part: Mapping[str, Any]) -> Attention:
     value, query = part.get("v_head_dim", 128), part.get("q_lora_rank")
     sliced = heads * (nope + rope) * (query or hidden) + latent * heads * (nope + value) + heads * value * hidden
     replicated = hidden * (latent + rope) + (hidden * query if query else 0)
-    cache = (latent + rope) * _CACHE_BYTES
+    cache = float((latent + rope) * _CACHE_BYTES)
     if index_heads := part.get("index_n_heads"):
         width, kinds = part.get("index_head_dim", 128), part.get("indexer_types")
         share = kinds.count("full") / len(kinds) if kinds else 1  # GLM-5.2: most layers use the indexer of another
@@ -86,7 +86,7 @@ def _gqa(facts: ModelFacts, part: Mapping[str, Any]) -> Attention:
     kv_heads = facts.kv_heads or facts.heads
     gate = 2 if part.get("attn_output_gate") or facts.family.name in ("qwen3_next", "qwen3_5_moe") else 1
     sliced = facts.hidden * facts.heads * (gate * head + value)
-    kv = facts.hidden * kv_heads * (head + value)
+    kv = float(facts.hidden * kv_heads * (head + value))
     cache = kv_heads * (head + value) * _CACHE_BYTES
     windowed = _windowed_share(facts, part)
     window = part.get("sliding_window") or part.get("sliding_window_size") or 0
@@ -100,9 +100,9 @@ def _gqa(facts: ModelFacts, part: Mapping[str, Any]) -> Attention:
 
 def _windowed_share(facts: ModelFacts, part: Mapping[str, Any]) -> float:
     if listed := part.get("layer_types"):
-        return sum(kind == "sliding_attention" for kind in listed) / facts.layers
+        return float(sum(kind == "sliding_attention" for kind in listed) / facts.layers)
     if listed := part.get("hybrid_layer_pattern"):  # MiMo-V2: 1 stands for a sliding window
-        return sum(listed) / len(listed)
+        return float(sum(listed) / len(listed))
     return 0.0
 
 

@@ -89,6 +89,10 @@ class Assessment:
         """Whether it runs with ep2tp: it fits, and what does not divide can be padded."""
         return self.fits and not self.blockers and self.plan is not None
 
+    def holds(self, batch: int) -> bool:
+        """Whether the KV cache holds ``batch`` sequences of the context at once."""
+        return self.sequences >= batch
+
 
 def assess_all(question: Question) -> list[Assessment]:
     """Assess every plan."""
@@ -139,6 +143,7 @@ def _sequences(left: float, cache: float, layout: Layout) -> int:
 
 
 def fastest(assessed: Sequence[Assessment], batch: int) -> Assessment:
-    """The plan with the shortest decode step at a batch; within 2%, the one that comes first."""
+    """The plan with the shortest decode step at a batch that it holds; within 2%, the one that comes first."""
+    assessed = [a for a in assessed if a.holds(batch)] or assessed
     least = min(a.decode[batch].total for a in assessed)
     return next(a for a in assessed if a.decode[batch].total <= 1.02 * least)

@@ -102,8 +102,9 @@ def _behaviour(facts: ModelFacts, c: TensorClass, ranks: int) -> Iterator[Behavi
     elif name.startswith("int"):
         yield from _grouped_integers(what)
     else:
-        yield Behaviour("vLLM", "0.33.0", what, "refuses", f"slices would cut a block of {c.block} ({name})", _UTILS)
-        yield Behaviour("SGLang", "0.5.23", what, "refuses", f"slices would cut a block of {c.block} ({name})", "fp8.py")
+        text = f"slices would cut a block of {c.block} ({name})"
+        yield Behaviour("vLLM", "0.33.0", what, "refuses", text, _UTILS)
+        yield Behaviour("SGLang", "0.5.23", what, "refuses", text, "layers/quantization/fp8.py")
 
 
 def _only_routed_is_packed(c: TensorClass) -> bool:
@@ -151,4 +152,3 @@ def _grouped_integers(what: str) -> Iterator[Behaviour]:
     yield Behaviour("vLLM", "0.25.1, 0.33.0", what, "refuses", text, "compressed_tensors_moe_wna16.py")
     text = "no check: the number of groups is rounded down, and scales shift"
     yield Behaviour("SGLang", "0.5.23", what, "wrong in silence", text, "compressed_tensors_wNa16_moe.py")
-

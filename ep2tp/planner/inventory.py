@@ -73,12 +73,9 @@ def matrix_bytes(stored: Format, rows: int, cols: int) -> int:
 def inventory_from_config(facts: ModelFacts) -> Inventory:
     """Compute the sizes from config.json alone: weights and scales of every matrix; norms are left out."""
     layers, attention = layers_of(facts), attention_of(facts)
-    prefix = facts.family.tensors.prefixes[0]
     middle = layers.moe[len(layers.moe) // 2]
-    stored = facts.quantization.choose(f"{prefix}model.layers.{middle}.self_attn.o_proj".replace("model.model.", "model."))
-    width = (stored.bits if stored else 16) / 8
-    if stored is not None and stored is not PLAIN:
-        width = matrix_bytes(stored, 4096, 4096) / 4096**2
+    stored = facts.quantization.choose(_attention_module(facts, middle)) or PLAIN
+    width = matrix_bytes(stored, 4096, 4096) / 4096**2
     vocabulary = (facts.vocabulary or 0) * facts.hidden * 2
     gates = 1 + (text_part(facts).get("shared_expert_intermediate_size") is not None) / facts.experts
     return Inventory(
@@ -165,6 +162,13 @@ def _mlp_bytes(facts: ModelFacts, name: str, layer: int) -> float:
     hidden = facts.expert_hidden if name == "routed" else facts.hidden
     stored = _format_of(facts, found, layer)
     return 2 * matrix_bytes(stored, found.size, hidden) + matrix_bytes(stored, hidden, found.size)
+
+
+def _attention_module(facts: ModelFacts, layer: int) -> str:
+    """The name of an attention matrix beside the experts of a layer."""
+    module = facts.family.tensors.prefixes[0] + facts.family.tensors.routed.down[0]
+    before, _, after = module.partition("{layer}")
+    return f"{before}{layer}.{'attn.wo_b' if after.startswith('.ffn') else 'self_attn.o_proj'}"
 
 
 def _format_of(facts: ModelFacts, tensor_class: TensorClass, layer: int) -> Format:

@@ -81,7 +81,7 @@ def _sglang(question: Question, assessed: Assessment) -> Launch:
         "TPxPP": ["--tp-size", str(layout.tp), "--pp-size", str(layout.pp)],
         "TPxEP": ["--tp-size", ranks, "--ep-size", str(layout.ep)],
     }[layout.plan]
-    if _is_padded(assessed):
+    if _is_padded(assessed) and any(b.engine == "SGLang" and b.outcome != "runs" for b in assessed.stock):
         slices = max(layout.slices, layout.attention_ranks)
         note = f"first: ep2tp reshard {shlex.quote(model)} PADDED --tp {slices}, then serve PADDED"
         model = "PADDED"

@@ -47,7 +47,7 @@ def _is_moe(layer: int, part: Mapping[str, Any]) -> bool:
     for key, sparse in (("mlp_layer_types", ("sparse", "moe")), ("moe_layer_freq", (1, True))):
         listed = part.get(key)
         if isinstance(listed, Sequence) and not isinstance(listed, str):
-            return listed[layer] in sparse
+            return bool(listed[layer] in sparse)
     for key in ("moe_layers_enum", "moe_layers"):
         if listed := part.get(key):
             numbers = listed.split(",") if isinstance(listed, str) else listed
@@ -57,6 +57,6 @@ def _is_moe(layer: int, part: Mapping[str, Any]) -> bool:
     if "moe_layer_start_index" in part:  # ERNIE 4.5
         start, end = part["moe_layer_start_index"], part.get("moe_layer_end_index", -1)
         step = part.get("moe_layer_interval", 1)
-        return layer >= start and (end < 0 or layer <= end) and (layer + 1) % step == 0
+        return bool(layer >= start and (end < 0 or layer <= end) and (layer + 1) % step == 0)
     step = part.get("decoder_sparse_step") or part.get("interleave_moe_layer_step") or 1
-    return layer >= (part.get("first_k_dense_replace") or 0) and (layer + 1) % step == 0
+    return bool(layer >= (part.get("first_k_dense_replace") or 0) and (layer + 1) % step == 0)

@@ -94,14 +94,12 @@ def fit_link(name: str, label: str, ranks: int, step_us: float, rows: Iterable[M
     for row in rows:
         sent = _SENT.get(row["op"], 1.0) * (ranks - 1) / ranks * row["bytes"]
         by_kind[row["op"]].append((row["bytes"], sent, row["us"]))
-    lines = {}
+    lines: dict[str, tuple[Line, ...]] = {}
     for kind, points in by_kind.items():
         small = [(sent, us) for size, sent, us in points if size <= _SPLIT]
         large = [(sent, us) for size, sent, us in points if size >= _SPLIT]
-        if small and large:
-            lines[kind] = (fit(small, max(sent for sent, _ in small)), fit(large))
-        else:
-            lines[kind] = (fit(small or large),)
+        end = max((sent for sent, _ in small), default=0.0) if large else math.inf
+        lines[kind] = tuple(fit(part, most) for part, most in ((small, end), (large, math.inf)) if part)
     return Link(name, label, True, ranks, step_us, lines)
 
 

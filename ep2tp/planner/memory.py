@@ -128,4 +128,3 @@ def cache_per_sequence(facts: ModelFacts, inventory: Inventory, layout: Layout, 
 def usable_bytes(memory_gb: float) -> float:
     """Bytes of a GPU that weights and KV cache may take (assumed: see :data:`UTILISATION`, :data:`RESERVED_GB`)."""
     return UTILISATION * memory_gb * GB - RESERVED_GB * GB
-

@@ -48,12 +48,12 @@ def plot(question: Question, assessed: Sequence[Assessment], path: Path) -> None
                     bar[place].set_alpha(0.35)
         panel.set_title(f"batch {batch}", fontsize=11)
         panel.tick_params(axis="x", rotation=60, labelsize=9)
-        panel.margins(y=0.12)
+        panel.set_ylim(top=1.1 * max(bottom))
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("ms a token (computed bound)")
     axes[-1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.suptitle(
-        f"{question.facts.source} on {question.gpus} x {question.gpu.name}, {question.link.name}, "
+        f"{Path(question.facts.source).name} on {question.gpus} x {question.gpu.name}, {question.link.name}, "
         f"context {question.context}",
         fontsize=12,
     )

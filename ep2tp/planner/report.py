@@ -20,6 +20,8 @@ def print_report(console: Console, question: Question, assessed: Sequence[Assess
     """Everything, the verdict last, where the eye is when the command ends."""
     _print_header(console, question)
     console.print(_time_table(question, assessed, verdict))
+    if not all(a.holds(batch) for a in assessed if a.runs for batch in question.batches):
+        console.print("! more sequences of this context than the KV cache holds at once\n")
     console.print(_memory_table(question, assessed))
     console.print(_communication_table(question, assessed))
     _print_divisibility(console, assessed)
@@ -52,17 +54,24 @@ def _time_table(question: Question, assessed: Sequence[Assessment], verdict: Ver
     table.add_column("runs", overflow="fold")
     last = question.batches[-1]
     for a in assessed:
-        cells = []
+        cells: list[str | Text] = []
         for batch in question.batches:
             is_best = verdict.by_batch.get(batch) is a
-            cells.append(Text(_ms(a.decode[batch].total), style="bold green" if is_best else ""))
-        row = [str(a.layout), *cells, f"{1e3 * last / a.decode[last].total:.0f}", _ms(a.prefill.total), _runs(a)]
+            mark = "" if a.holds(batch) or not a.runs else "!"
+            cells.append(Text(mark + _ms(a.decode[batch].total), style="bold green" if is_best else ""))
+        row: list[str | Text] = [
+            str(a.layout),
+            *cells,
+            f"{1e3 * last / a.decode[last].total:.0f}",
+            _ms(a.prefill.total),
+            _runs(a),
+        ]
         table.add_row(*row, style="" if a.runs else "dim")
     return table
 
 
 def _memory_table(question: Question, assessed: Sequence[Assessment]) -> Table:
-    table = _table("Memory, GB a GPU")
+    table = _table("Memory, GB a GPU", gap=0)
     for column in ("plan", "weights", "routed", "shared", "dense", "attn", "embed", "other", "pad", "KV/seq", "seqs"):
         table.add_column(column, justify="left" if column == "plan" else "right", no_wrap=True)
     for a in assessed:
@@ -134,8 +143,9 @@ def _runs(a: Assessment) -> str:
     return "yes" if a.divides else "padded" if a.plan.is_padded else "yes, see below"
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _table(title: str, gap: int = 1) -> Table:
+    style = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "pad_edge": False}
+    return Table(title=title, padding=(0, gap, 0, 0), **style)  # type: ignore[arg-type]
 
 
 def _gb(size: float) -> str:

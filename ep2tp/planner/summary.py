@@ -83,6 +83,7 @@ def _plan(question: Question, a: Assessment) -> dict[str, Any]:
         "kv_cache_copies": kv_copies(question.facts, a.layout),
         "left_gb_per_gpu": round((usable_bytes(question.gpu.memory_gb) - w.total) / GB, 3),
         "sequences_that_fit": max(0, a.sequences),
+        "batches_that_fit": [str(b) for b in a.decode if a.holds(b)],
         "straggler": {str(b): round(factor, 3) for b, factor in a.straggler.items()},
         "comm_bytes_per_layer_per_rank": _by_batch(a.collectives, lambda found: round(sent_bytes(found))),
         "collectives_per_layer": _by_batch(a.collectives, _collectives),
