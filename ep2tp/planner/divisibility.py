@@ -95,11 +95,11 @@ def _behaviour(facts: ModelFacts, c: TensorClass, ranks: int) -> Iterator[Behavi
     name = c.format_names
     if "fp8_block" in name and not _only_routed_is_packed(c):
         yield from _fp8_block(facts, c, ranks, what)
-    elif name.startswith("nvfp4"):
+    elif "nvfp4" in name:
         yield from _nvfp4(what)
-    elif name.startswith("mxfp4"):
+    elif "mxfp4" in name:
         yield from _mxfp4(what)
-    elif name.startswith("int"):
+    elif "int" in name:
         yield from _grouped_integers(what)
     else:
         text = f"slices would cut a block of {c.block} ({name})"

@@ -77,6 +77,7 @@ def inventory_from_config(facts: ModelFacts) -> Inventory:
     stored = facts.quantization.choose(_attention_module(facts, middle)) or PLAIN
     width = matrix_bytes(stored, 4096, 4096) / 4096**2
     vocabulary = (facts.vocabulary or 0) * facts.hidden * 2
+    zero_experts = text_part(facts).get("zero_expert_num") or 0  # LongCat: choices of the router without weights
     gates = 1 + (text_part(facts).get("shared_expert_intermediate_size") is not None) / facts.experts
     return Inventory(
         expert=_mlp_bytes(facts, "routed", middle),
@@ -87,7 +88,7 @@ def inventory_from_config(facts: ModelFacts) -> Inventory:
         replicated=attention.replicated * width,
         embedding=vocabulary,
         head=0 if text_part(facts).get("tie_word_embeddings") else vocabulary,
-        router=facts.experts * facts.hidden * 2 * gates,
+        router=(facts.experts * gates + zero_experts) * facts.hidden * 2,
         other=0,
         mtp=_mtp_bytes(facts, middle, (attention.sliced + attention.kv + attention.replicated) * width),
         layers=layers,

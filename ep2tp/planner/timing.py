@@ -154,5 +154,5 @@ def _dense_ms(setting: Setting, stage: Stage, tokens: int) -> float:
 def _arithmetic(setting: Setting) -> float:
     """Operations a second: FP8 where the experts are stored in FP8, else BF16 (4-bit weights are widened first)."""
     routed = setting.facts.tensor_class("routed")
-    is_fp8 = routed is not None and routed.format_names.startswith(("fp8", "mxfp8"))
+    is_fp8 = routed is not None and "fp8" in routed.format_names
     return (setting.gpu.fp8_tflops if is_fp8 else setting.gpu.tflops) * 1e12
