@@ -33,7 +33,9 @@ def test_the_worked_example() -> None:
     dispatched = moe_layer(TOKENS, HIDDEN, RANKS, 4)
     assert [c.kind for c in dispatched] == ["all_gather", "reduce_scatter"]
     assert sent_bytes(dispatched) == 1_376_256
-    assert sent_bytes(deduplicated_all_to_all(TOKENS, HIDDEN, RANKS, EXPERTS, TOP_K)) == pytest.approx(1.24e6, rel=0.005)
+    assert sent_bytes(deduplicated_all_to_all(TOKENS, HIDDEN, RANKS, EXPERTS, TOP_K)) == pytest.approx(
+        1.24e6, rel=0.005
+    )
 
 
 def test_fp8_dispatch_halves_one_direction() -> None:

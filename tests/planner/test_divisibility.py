@@ -46,7 +46,9 @@ def test_shared_and_dense_weights_are_refused_by_every_version() -> None:
     facts, _ = model("Qwen3-Next-80B", "fp8_block128")  # a shared expert of 512 over 8 is 64
     found = [b for b in stock_behaviour(facts, Layout("TP", tp=8)) if b.what.startswith("shared")]
     assert {(b.engine, b.outcome) for b in found} == {("vLLM", "refuses"), ("SGLang", "refuses")}
-    assert all("input_size_per_partition = 64 is not divisible by weight quantization block_k = 128" in b.text for b in found)
+    assert all(
+        "input_size_per_partition = 64 is not divisible by weight quantization block_k = 128" in b.text for b in found
+    )
 
 
 def test_whole_experts_leave_only_shared_and_dense_weights_to_divide() -> None:

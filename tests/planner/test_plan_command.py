@@ -108,7 +108,16 @@ def test_tables_fit_the_terminal(tmp_path: Path, columns: int) -> None:
     tables = out.partition("Verdict")[0]
     assert max(map(len, tables.splitlines())) <= columns
     assert "…" not in tables
-    for part in ("TP 8", "TPxPP 2x4", "TPxEP 4x2", "replicated", "busy 64", "Verdict", "vllm serve", "NCCL_P2P_DISABLE=1"):
+    for part in (
+        "TP 8",
+        "TPxPP 2x4",
+        "TPxEP 4x2",
+        "replicated",
+        "busy 64",
+        "Verdict",
+        "vllm serve",
+        "NCCL_P2P_DISABLE=1",
+    ):
         assert part in out
 
 
@@ -152,9 +161,7 @@ def test_a_hub_model_is_planned_from_its_headers_alone(hub: tuple[str, type[Coun
     environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     words = ["--gpus", "2", "--memory", "10", "--json"]
     command = [sys.executable, "-m", "ep2tp", "plan"]
-    done = subprocess.run(
-        [*command, "lab/model", *words], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([*command, "lab/model", *words], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     remote = json.loads(done.stdout)
     _, out, _ = run(str(handler.folder), *words)

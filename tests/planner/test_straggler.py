@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -85,7 +86,7 @@ def test_more_tokens_hit_more_experts(experts: int, data: st.DataObject) -> None
     top_k = data.draw(st.integers(1, experts))
     found = [expected_hits(tokens, experts, top_k) for tokens in range(1, 50)]
     assert found[0] == pytest.approx(top_k)
-    assert all(a <= b <= experts for a, b in zip(found, found[1:], strict=False))
+    assert all(a <= b <= experts for a, b in pairwise(found))
 
 
 def test_the_same_seed_gives_the_same_factor() -> None:

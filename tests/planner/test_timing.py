@@ -21,7 +21,7 @@ NAME, FORM = "Qwen3-30B-A3B", "bf16"
 
 def test_decode_by_hand() -> None:
     """Qwen3-30B, BF16, TP 4, batch 8: every number from the config, none from the planner."""
-    question, plans = assessed(NAME, FORM, 4, "H100", "nvlink", batches=(8,), context=1000)
+    _, plans = assessed(NAME, FORM, 4, "H100", "nvlink", batches=(8,), context=1000)
     hits = 128 * (1 - (1 - 8 / 128) ** 8)
     experts = 48 * hits * 3 * 2048 * 768 * 2 / 4
     attention = 48 * (2 * 2048 * 32 * 128 + 2 * 2048 * 4 * 128) * 2 / 4
