@@ -47,11 +47,6 @@ def blockers(facts: ModelFacts, layout: Layout) -> list[str]:
     return found
 
 
-def uneven_experts(facts: ModelFacts, layout: Layout) -> bool:
-    """Whether some ranks hold one whole expert more than others."""
-    return facts.experts % layout.ep != 0
-
-
 def kv_copies(facts: ModelFacts, layout: Layout) -> int:
     """How many ranks hold the same KV head; for a latent KV cache (MLA), all of them."""
     ranks = layout.attention_ranks
@@ -61,6 +56,12 @@ def kv_copies(facts: ModelFacts, layout: Layout) -> int:
 def stock_behaviour(facts: ModelFacts, layout: Layout) -> list[Behaviour]:
     """What vLLM and SGLang do, without ep2tp, with every class of weights that does not divide."""
     found: list[Behaviour] = []
+    if facts.experts % layout.ep:
+        what = f"experts ({facts.experts} over {layout.ep})"
+        text = "the first ranks hold one expert more"
+        found.append(Behaviour("vLLM", "0.25.1, 0.32.0, 0.33.0", what, "runs", text, "fused_moe/expert_map_manager.py"))
+        text = "AssertionError (num_experts % ep_size)"
+        found.append(Behaviour("SGLang", "0.5.23", what, "refuses", text, "layers/moe/fused_moe_triton/layer.py"))
     for c in facts.classes:
         ranks = layout.slices if c.name == "routed" else layout.attention_ranks
         if ranks > 1 and c.is_known and c.size % (ranks * c.block):

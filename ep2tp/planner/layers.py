@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ep2tp.errors import ModelError
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import config_parts
 
@@ -38,6 +39,8 @@ def layers_of(facts: ModelFacts) -> Layers:
     if facts.family.name == "longcat_flash":  # two attentions and two dense MLPs beside the experts of each layer
         return Layers(tuple(every), tuple(layer for layer in every for _ in range(2)), attentions=2)
     moe = tuple(layer for layer in every if _is_moe(layer, part))
+    if not moe:
+        raise ModelError(f"{facts.source}: config.json leaves none of its {facts.layers} layers for experts")
     has_dense = facts.tensor_class("dense") is not None
     return Layers(moe, tuple(layer for layer in every if layer not in set(moe)) if has_dense else ())
 

@@ -13,7 +13,6 @@ from ep2tp.planner.advise import Verdict
 from ep2tp.planner.communication import sent_bytes
 from ep2tp.planner.compare import Assessment, Question
 from ep2tp.planner.memory import GB, usable_bytes
-from ep2tp.planner.summary import memory_view
 
 
 def print_report(console: Console, question: Question, assessed: Sequence[Assessment], verdict: Verdict) -> None:
@@ -79,8 +78,7 @@ def _memory_table(question: Question, assessed: Sequence[Assessment]) -> Table:
         parts = (w.total, w.routed, w.shared, w.dense, w.attention, w.embeddings, w.other, w.padding)
         cells = [_gb(part) for part in parts]
         table.add_row(str(a.layout), *cells, f"{a.cache / GB:.2f}", str(max(0, a.sequences)))
-    replicated = memory_view(question, assessed)["replicated"]
-    table.add_row("replicated", _gb(replicated * GB), *[""] * 9, style="dim")
+    table.add_row("whole copy", _gb(question.inventory.total(question.facts)), *[""] * 9, style="dim")
     return table
 
 

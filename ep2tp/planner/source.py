@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ep2tp.checkpoint.header import StoredTensor, parse_json
 from ep2tp.checkpoint.hub import HubSource
 from ep2tp.checkpoint.source import LocalSource, Source
-from ep2tp.errors import CheckpointError, ModelError
+from ep2tp.errors import CheckpointError, Ep2tpError, ModelError
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import load_families
 from ep2tp.model.locate import facts_of
@@ -39,9 +40,17 @@ def load_model(model: str, revision: str | None = None) -> tuple[ModelFacts, Inv
         config = _described(source)
         has_weights = any(path.glob("*.safetensors"))
         return _exact(config, model, _tensors(source)) if has_weights else _computed(config, model)
+    from huggingface_hub import try_to_load_from_cache
+
     if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
         raise ModelError(f"{model}: no such file or folder, and not a hub id (owner/name)")
-    hub = HubSource(model, revision, Path())
+    try:
+        hub = HubSource(model, revision, Path())
+    except CheckpointError:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            raise
+        return _computed(_described(LocalSource(Path(cached).parent)), model)
     config = _described(hub)
     has_weights = any(name.endswith(".safetensors") for name in hub.sizes)
     return _exact(config, model, _tensors(hub)) if has_weights else _computed(config, model)
@@ -49,12 +58,14 @@ def load_model(model: str, revision: str | None = None) -> tuple[ModelFacts, Inv
 
 def _computed(config: dict[str, Any], model: str) -> tuple[ModelFacts, Inventory]:
     facts = _facts(config, model)
-    return facts, inventory_from_config(facts)
+    with _field_errors(model):
+        return facts, inventory_from_config(facts)
 
 
 def _exact(config: dict[str, Any], model: str, tensors: Iterator[StoredTensor]) -> tuple[ModelFacts, Inventory]:
     facts = _facts(config, model)
-    inventory = inventory_from_tensors(facts, tensors)
+    with _field_errors(model):
+        inventory = inventory_from_tensors(facts, tensors)
     if not inventory.expert:
         raise CheckpointError(
             f"{model}: no tensor is named like the experts of patch {facts.family.name!r}; the patch does not fit this "
@@ -65,7 +76,25 @@ def _exact(config: dict[str, Any], model: str, tensors: Iterator[StoredTensor]) 
 
 def _facts(config: dict[str, Any], model: str) -> ModelFacts:
     settings = Settings.from_environment()
-    return facts_of(config, model, load_families(settings.patches, settings.patch_path))
+    facts = facts_of(config, model, load_families(settings.patches, settings.patch_path))
+    if facts.top_k > facts.experts:
+        raise ModelError(f"{model}: config.json has {facts.experts} experts, of which a token uses {facts.top_k}")
+    if not isinstance(facts.vocabulary, int | None):
+        raise ModelError(f"{model}: config.json has vocab_size={facts.vocabulary!r}; expected a number")
+    return facts
+
+
+@contextmanager
+def _field_errors(model: str) -> Iterator[None]:
+    """A config is not trusted: a field of the wrong type or length is the config's error, not ep2tp's."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, Ep2tpError):
+            raise
+        raise ModelError(
+            f"{model}: config.json contradicts itself about its layers or attention ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _tensors(source: Source) -> Iterator[StoredTensor]:

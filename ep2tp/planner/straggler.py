@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 _SEED = 20240613
 _RANDOM_NUMBERS = 10_000_000  # of one simulation: keeps it well below a second
-_DRAWS = (32, 20_000)  # fewest and most simulated batches
+_DRAWS = (4, 20_000)  # fewest and most simulated batches
 
 
 @dataclass(frozen=True)

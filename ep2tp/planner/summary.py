@@ -38,11 +38,15 @@ def summary(question: Question, assessed: Sequence[Assessment], verdict: Verdict
 
 
 def memory_view(question: Question, assessed: Sequence[Assessment]) -> dict[str, float]:
-    """GB of weights a GPU when experts are sliced, spread, both, or the model is replicated."""
+    """GB of weights a GPU when experts are sliced, spread, both, or every GPU has the whole model.
+
+    "Replicated experts" of other texts, where every GPU has all experts but a slice of each, are TP=N.
+    """
     names = {"TP": "TP=N", "DEP": "EP=N"}
     view = {names[a.layout.plan]: a.weights.total / GB for a in assessed if a.layout.plan in names}
     view |= {f"TPxEP {a.layout.tp}x{a.layout.ep}": a.weights.total / GB for a in assessed if a.layout.plan == "TPxEP"}
-    view["replicated"] = question.inventory.total(question.facts) / GB
+    view["replicated experts, a slice of each"] = view["TP=N"]
+    view["whole model"] = question.inventory.total(question.facts) / GB
     return {name: round(size, 3) for name, size in view.items()}
 
 

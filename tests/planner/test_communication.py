@@ -38,6 +38,19 @@ def test_the_worked_example() -> None:
     )
 
 
+def test_the_textbook_volumes_of_the_worked_example() -> None:
+    """N x hidden x tokens x 2 bytes each way for EP, hidden x tokens x 2 for TP: eight times as much."""
+    dispatch, reduced = RANKS * HIDDEN * TOKENS * 2, HIDDEN * TOKENS * 2
+    assert (dispatch, reduced) == (3_670_016, 917_504)
+    assert 2 * dispatch / reduced == 8
+    assert 2 * dispatch / 32e3 == pytest.approx(229, abs=1)  # microseconds at PCIe Gen4's 32 GB/s
+    assert 2 * dispatch / 1.8e6 == pytest.approx(4.1, abs=0.1)  # at NVLink 5's 1.8 TB/s
+    [real] = moe_layer(TOKENS, HIDDEN, RANKS, 1)
+    for real_sent in (real.sent, sent_bytes(moe_layer(TOKENS, HIDDEN, RANKS, 4))):
+        assert real_sent / reduced == 1.5
+    assert sent_bytes(deduplicated_all_to_all(TOKENS, HIDDEN, RANKS, EXPERTS, TOP_K)) < real.sent
+
+
 def test_fp8_dispatch_halves_one_direction() -> None:
     size = (TOKENS, HIDDEN, RANKS, EXPERTS, TOP_K)
     plain, packed = deduplicated_all_to_all(*size), deduplicated_all_to_all(*size, dispatch_bytes=1 + 4 / 128)

@@ -54,6 +54,8 @@ def test_shared_and_dense_weights_are_refused_by_every_version() -> None:
 def test_whole_experts_leave_only_shared_and_dense_weights_to_divide() -> None:
     facts, _ = model("Qwen3-235B-A22B", "fp8_block128")
     assert stock_behaviour(facts, Layout("TEP", tp=8, ep=8)) == []
+    uneven = stock_behaviour(facts, Layout("DEP", ep=6, dp=6))  # 128 experts
+    assert {(b.engine, b.outcome) for b in uneven} == {("vLLM", "runs"), ("SGLang", "refuses")}
     facts, _ = model("GLM-4.5-Air", "bf16")
     assert stock_behaviour(facts, Layout("TP", tp=8)) == []
 

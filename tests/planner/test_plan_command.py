@@ -80,8 +80,10 @@ def test_json_of_real_models(tmp_path: Path, name: str, form: str, total: float)
     assert tep["comm_bytes_per_layer_per_rank"] == tp["comm_bytes_per_layer_per_rank"]
     assert dep["comm_bytes_per_layer_per_rank"]["64"] == 2 * 3 * 64 * hidden * 2 // 4
     assert dep["weights_gb_per_gpu"] > tep["weights_gb_per_gpu"]
-    assert found["memory_view"]["replicated"] == found["model"]["weights_gb"]
-    assert set(found["memory_view"]) == {"TP=N", "EP=N", "TPxEP 2x2", "replicated"}
+    view = found["memory_view"]
+    assert view["TP=N"] == view["replicated experts, a slice of each"] == tp["weights_gb_per_gpu"]
+    assert (view["EP=N"], view["whole model"]) == (dep["weights_gb_per_gpu"], found["model"]["weights_gb"])
+    assert "TPxEP 2x2" in view
 
 
 def test_verdict_in_json(tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_tables_fit_the_terminal(tmp_path: Path, columns: int) -> None:
         "TP 8",
         "TPxPP 2x4",
         "TPxEP 4x2",
-        "replicated",
+        "whole copy",
         "busy 64",
         "Verdict",
         "vllm serve",
@@ -220,6 +222,24 @@ def test_a_bad_config_is_one_clear_error(tmp_path: Path, text: str, message: str
     assert (status, out) == (1, "")
     assert message in err
     assert "config.json" in err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_experts_per_tok", 129, "of which a token uses 129"),
+        ("mlp_only_layers", list(range(48)), "leaves none of its 48 layers"),
+        ("mlp_only_layers", 7, "contradicts itself"),
+        ("layer_types", 7, "contradicts itself"),
+        ("vocab_size", "many", "vocab_size='many'"),
+        ("moe_layer_freq", [1, 1], "contradicts itself"),
+    ],
+)
+def test_a_field_that_makes_no_sense(tmp_path: Path, field: str, value: object, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**config("Qwen3-30B-A3B"), field: value}))
+    status, out, err = run(str(tmp_path), "--gpus", "2")
+    assert (status, out) == (1, "")
+    assert message in err
 
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:

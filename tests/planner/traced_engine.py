@@ -1,6 +1,6 @@
 """One vLLM on this CPU whose ranks report their weights and every collective of a generation, from torch's profiler.
 
-    python -m tests.planner.traced_engine REQUEST.json RESULT.json
+python -m tests.planner.traced_engine REQUEST.json RESULT.json
 """
 
 from __future__ import annotations
@@ -32,11 +32,8 @@ class TracedRank(CollectiveCounter):
     def stop_trace(self) -> list[tuple[str, str, Any]]:
         """(kind, operator, input shapes) of every collective."""
         self._trace.stop()
-        found = []
-        for event in self._trace.events() or []:
-            if kind := collective_kind(event.name):
-                found.append((kind, event.name, event.input_shapes))
-        return found
+        events = self._trace.events() or []
+        return [(kind, e.name, e.input_shapes) for e in events if (kind := collective_kind(e.name))]
 
 
 def main() -> None:
