@@ -197,7 +197,7 @@ def _captured(operation: Callable[[], Any]) -> Callable[[], Any]:
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own threads may go on meanwhile
         for _ in range(_IN_GRAPH):
             operation()
     replay: Callable[[], Any] = graph.replay
