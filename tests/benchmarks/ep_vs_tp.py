@@ -29,6 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ep2tp.demo.launch import CPU_ENVIRONMENT, EngineRun
 from ep2tp.errors import Ep2tpError
 from ep2tp.planner.calibrate import calibrate
 from ep2tp.planner.compare import Assessment, Question, assess
@@ -162,7 +163,7 @@ class Harness:
         if self.options.dry_run:
             from ep2tp.demo.tiny import TinyModel
 
-            return TinyModel(heads=8).write(folder, "float32")
+            return TinyModel(heads=8).write(folder)
         config = MODELS[self.options.model]
         if self.options.layers:
             config = {**config, "num_hidden_layers": self.options.layers}
@@ -232,7 +233,7 @@ class Harness:
             "worker_extension_cls": "ep_vs_tp_engine.ParameterBytes",
         }
         if self.options.dry_run:
-            return {**shared, "dtype": "float32", "enforce_eager": True, "distributed_executor_backend": "mp"}
+            return {**shared, "dtype": "bfloat16", "enforce_eager": True, "distributed_executor_backend": "mp"}
         batches = self.options.batches  # of all ranks, and of one where they are data parallel
         sizes = sorted({*batches, *(-(-batch // self.options.ranks) for batch in batches)})
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
@@ -248,8 +249,6 @@ class Harness:
         if self.options.routing == "model":
             del environment["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"]
         if self.options.dry_run:
-            from ep2tp.demo.launch import CPU_ENVIRONMENT
-
             environment |= CPU_ENVIRONMENT
         with log.open("wb") as stream:
             process = subprocess.Popen(
@@ -320,9 +319,10 @@ def _failure(status: int, log: str) -> str:
     """The reason of a failed engine in one line."""
     if status == -signal.SIGALRM:
         return "ended after its time limit"
-    found = re.findall(r"\b(?:\w+Error|Exception): .*", log)
-    causes = [line for line in found if not re.search("Engine ?[Cc]ore|Worker failed|EngineDead|'NoneType'", line)]
-    return next(iter([*causes, *found]), f"exit status {status}")[:500]
+    reason = EngineRun(max(status, 1), None, log, 0.0).failure
+    if "Worker failed" in reason and (bare := re.search(r"\b\w+Error$", log, re.MULTILINE)):
+        reason = bare.group()  # an error without a message
+    return reason[:500]
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

@@ -18,9 +18,9 @@ EXTENSION = "tests.planner.traced_engine.TracedRank"
 class TracedRank(CollectiveCounter):
     """Methods that vLLM adds to its worker class."""
 
-    def parameter_bytes(self) -> int:
-        """Bytes of this rank's parameters."""
-        return sum(p.numel() * p.element_size() for p in self.model_runner.get_model().parameters())
+    def parameter_bytes(self) -> dict[str, int]:
+        """Bytes of this rank's parameters, by name."""
+        return {name: p.numel() * p.element_size() for name, p in self.model_runner.get_model().named_parameters()}
 
     def start_trace(self) -> None:
         """Record every operator with its shapes."""
