@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, log
 
-from ep2tp.planner.compare import Assessment, Question, fastest
+from ep2tp.planner.compare import Assessment, Question, decode_at, fastest
 from ep2tp.planner.divisibility import kv_copies, slices_below_block
 from ep2tp.planner.launch import Launch, launches, nccl_settings
 from ep2tp.planner.memory import GB, usable_bytes
 
 _EP = ("TEP", "DEP", "TPxEP")
+_LARGER = (16, 64, 256, 1024)
 _CLEAR = 1.05  # below 5% the figures do not tell two plans apart
 
 
@@ -48,7 +49,7 @@ def advise(question: Question, assessed: Sequence[Assessment]) -> Verdict:
     better = _batches_where_ep_wins(question, running, sliced)
     reasons = [_headline(best, unavoidable)]
     reasons += _comparison(question, running, best)
-    reasons += _where_ep_wins(question, running, better)
+    reasons += _where_ep_wins(question, running, better) or _where_ep_would_win(question, running, sliced)
     reasons += _what_does_not_run(question, assessed)
     reasons += _padding(question, best)
     return Verdict(best, by_batch, tuple(reasons), bool(better), unavoidable, launches(question, best))
@@ -140,6 +141,22 @@ def _where_ep_wins(question: Question, running: Sequence[Assessment], better: di
     }
     cause, cost = max(causes.items(), key=lambda item: item[1])
     return [f"{text}: {cause} (+{cost:.2f} ms at batch {batch})."]
+
+
+def _where_ep_would_win(question: Question, running: Sequence[Assessment], sliced: Sequence[Assessment]) -> list[str]:
+    """From which larger batch on whole experts are clearly faster, if from any."""
+    whole = [a for a in running if a.layout.plan in _EP]
+    if not sliced or not whole:
+        return []
+    for batch in (b for b in _LARGER if b > question.batches[-1]):
+        held = [a for a in whole if a.holds(batch)]
+        times = {str(a.layout): decode_at(question, a, batch).total for a in held}
+        rival = min((decode_at(question, a, batch).total for a in sliced if a.holds(batch)), default=inf)
+        if times and rival > _CLEAR * min(times.values()):
+            winner = min(times, key=lambda name: times[name])
+            return [f"Expert parallelism becomes the better plan from about batch {batch} ({winner})."]
+    most = max(_LARGER[-1], question.batches[-1])
+    return [f"No plan with whole experts that fits is clearly faster up to batch {most} at this context and link."]
 
 
 def _what_does_not_run(question: Question, assessed: Sequence[Assessment]) -> list[str]:

@@ -108,10 +108,10 @@ def assess(question: Question, layout: Layout) -> Assessment:
         plan = shard_plan(facts, layout)
     except ModelError as error:
         problems.append(str(error))
-    sliced = plan or ShardPlan(facts, layout.slices, {}, {}, {}, {})
+    setting = _setting(question, layout, plan)
+    sliced = setting.plan
     weights = weights_of(facts, inventory, layout, sliced)
     cache = cache_per_sequence(facts, inventory, layout, question.context)
-    setting = Setting(facts, inventory, sliced, layout, question.gpu, question.link)
     return Assessment(
         layout=layout,
         plan=plan,
@@ -126,6 +126,16 @@ def assess(question: Question, layout: Layout) -> Assessment:
         decode={b: decode_step(setting, b, question.context) for b in question.batches},
         prefill=prefill_step(setting, question.prompt),
     )
+
+
+def decode_at(question: Question, assessed: Assessment, batch: int) -> Step:
+    """A decode step of an assessed plan at a batch that was not asked for."""
+    return decode_step(_setting(question, assessed.layout, assessed.plan), batch, question.context)
+
+
+def _setting(question: Question, layout: Layout, plan: ShardPlan | None) -> Setting:
+    plan = plan or ShardPlan(question.facts, layout.slices, {}, {}, {}, {})
+    return Setting(question.facts, question.inventory, plan, layout, question.gpu, question.link)
 
 
 def _alternative(question: Question, layout: Layout) -> dict[int, list[Collective]]:

@@ -35,6 +35,17 @@ def test_ep_wins_with_a_latent_cache_nvlink_and_a_large_batch() -> None:
     assert any("hold and read the same KV cache" in reason for reason in found.reasons)
 
 
+def test_the_batch_from_which_ep_wins_is_named() -> None:
+    _, small = verdict("DeepSeek-V3/R1/V3.1", "fp8_block128", 8, "H200", "nvlink", batches=(1,), context=8192)
+    assert not small.ep_is_better
+    [found] = [reason for reason in small.reasons if "becomes the better plan from about batch" in reason]
+    batch = int(found.split("batch ")[1].split()[0])
+    _, large = verdict("DeepSeek-V3/R1/V3.1", "fp8_block128", 8, "H200", "nvlink", batches=(batch,), context=8192)
+    assert large.ep_is_better
+    _, never = verdict("Llama-4-Maverick", "fp8_channel", 8, "H100", "nvlink", batches=(1,), context=1024)
+    assert any("clearly faster up to batch 1024" in reason for reason in never.reasons)
+
+
 def test_ep_is_unavoidable_where_heads_do_not_divide() -> None:
     question, plans = assessed("GLM-4.7-Flash", "bf16", 8, "RTX 5090", "pcie5")
     whole = [plans[name] for name in ("TP 8", "TEP 8", "DEP 8")]  # without the stages that would run, too

@@ -26,7 +26,7 @@ from ep2tp.planner.timing import Setting, step_collectives
 
 pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]
-BATCH, SHORT, LONG = 4, 3, 7
+BATCH, SHORT, LONG = 1, 3, 7  # requests that arrive one by one would make steps of several sizes
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def test_weights_a_rank(traced: tuple[Path, dict[str, Any]]) -> None:
             assert held["attention"] == computed.attention
             assert held["embeddings"] == computed.embeddings
             assert held["dense"] == computed.dense
-            # vLLM's CPU kernels pack a shared expert's gate and up away, and its router is FP32.
-            assert sum(names.values()) == pytest.approx(computed.total, rel=0.01)
+            assert held["shared"] == computed.shared
+            assert sum(names.values()) == pytest.approx(computed.total, rel=0.002)  # norms, and what FP32 routers add
 
 
 def part_of(name: str) -> str:
@@ -81,6 +81,8 @@ def part_of(name: str) -> str:
         return "embeddings"
     if "self_attn" in name and "layernorm" not in name:
         return "attention"
+    if "shared_experts" in name:
+        return "shared"
     return "dense" if "layers.0.mlp" in name else "other"
 
 

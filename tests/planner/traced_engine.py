@@ -19,8 +19,9 @@ class TracedRank(CollectiveCounter):
     """Methods that vLLM adds to its worker class."""
 
     def parameter_bytes(self) -> dict[str, int]:
-        """Bytes of this rank's parameters, by name."""
-        return {name: p.numel() * p.element_size() for name, p in self.model_runner.get_model().named_parameters()}
+        """Bytes of this rank's parameters by name, as they were loaded."""
+        loaded: dict[str, int] = self.model_runner.get_model().bytes_as_loaded
+        return loaded
 
     def start_trace(self) -> None:
         """Record every operator with its shapes."""
@@ -34,6 +35,19 @@ class TracedRank(CollectiveCounter):
         self._trace.stop()
         events = self._trace.events() or []
         return [(kind, e.name, e.input_shapes) for e in events if (kind := collective_kind(e.name))]
+
+
+def note_parameters_as_loaded() -> None:
+    """Have each model remember its parameters' bytes before vLLM's CPU kernels pack the weights away."""
+    from vllm.model_executor.model_loader import base_loader
+
+    process = base_loader.process_weights_after_loading
+
+    def noting(model: Any, *arguments: Any, **keywords: Any) -> None:
+        model.bytes_as_loaded = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
+        process(model, *arguments, **keywords)
+
+    base_loader.process_weights_after_loading = noting
 
 
 def main() -> None:
@@ -62,3 +76,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+else:  # a worker imports the extension before it builds its model
+    note_parameters_as_loaded()
