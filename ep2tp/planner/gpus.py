@@ -39,6 +39,7 @@ _TABLE = [  # name, GiB, TB/s, BF16 TFLOPS, FP8 TFLOPS
     ("L40S", 44.9, 0.864, 362, 733),
     ("L4", 22.5, 0.300, 121, 242),
     ("A100 40GB", 39.5, 1.555, 312, 312),
+    ("A100 PCIe 40GB", 39.5, 1.555, 312, 312),
     ("A100 80GB PCIe", 79.3, 1.935, 312, 312),
     ("A100 80GB", 79.3, 2.039, 312, 312),
     ("H100 PCIe", 79.6, 2.0, 756, 1513),
@@ -77,4 +78,4 @@ def unknown_gpu(memory_gb: float) -> Gpu:
 
 
 def _key(name: str) -> str:
-    return re.sub(r"nvidia|geforce|blackwell|hbm\w*|[^a-z0-9]", "", name.lower())
+    return re.sub(r"nvidia|geforce|blackwell|sxm\d?|hbm\w*|[^a-z0-9]", "", name.lower())

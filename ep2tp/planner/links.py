@@ -14,12 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from ep2tp.errors import SettingError
 
 _SPLIT = 1 << 20  # bytes of payload; NCCL's low-latency protocols end about there
 _STEPS = {"all_reduce": 2}  # ring steps for each further rank; 1 for the others
@@ -148,19 +145,3 @@ def _reported_pcie(bytes_per_us: float, us_8k: float, us_64k: float) -> dict[str
     slope = (us_64k - us_8k) / (at_64k - at_8k)
     alpha = us_8k - at_8k * slope
     return {"all_gather": (Line(alpha, slope, at_64k), Line(us_64k - at_64k / bytes_per_us, 1 / bytes_per_us))}
-
-
-def find_link(name: str) -> Link:
-    """The link that ``--link`` names: a built-in one, or a profile that ``--calibrate`` wrote.
-
-    Raises:
-        SettingError: it is neither.
-    """
-    if name in built_in():
-        return built_in()[name]
-    path = Path(name)
-    if path.suffix == ".json" or path.is_file():
-        from ep2tp.planner.profile import read_profile
-
-        return read_profile(path).link
-    raise SettingError(f"--link {name!r}: use {', '.join(built_in())}, or a JSON file that --calibrate wrote")

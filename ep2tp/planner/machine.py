@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from ep2tp.errors import SettingError
 from ep2tp.planner.gpus import DEFAULT, Gpu, find_gpu, unknown_gpu
-from ep2tp.planner.links import Link, built_in, find_link
-from ep2tp.planner.profile import profile_path, read_profile
+from ep2tp.planner.links import Link, built_in
+from ep2tp.planner.profile import find_link, profile_path, read_profile
 
 
 def choose_gpu(name: str | None, memory_gb: float | None) -> Gpu:
@@ -31,8 +32,7 @@ def choose_link(name: str | None, gpus: int, gpu: Gpu) -> tuple[Link, Gpu]:
         SettingError: a name or file that is no link.
     """
     if name is not None:
-        path = find_link(name)
-        return path, _with_bandwidth(name, gpu) if name not in built_in() else gpu
+        return find_link(name), gpu if name in built_in() else _with_bandwidth(name, gpu)
     stored = profile_path()
     if stored.is_file():
         return find_link(str(stored)), _with_bandwidth(str(stored), gpu)
@@ -45,8 +45,6 @@ def choose_link(name: str | None, gpus: int, gpu: Gpu) -> tuple[Link, Gpu]:
 
 
 def _with_bandwidth(profile: str, gpu: Gpu) -> Gpu:
-    from pathlib import Path
-
     found = read_profile(Path(profile))
     try:
         is_same = find_gpu(found.device) == find_gpu(gpu.name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ep2tp.errors import SettingError
-from ep2tp.planner.links import Link, fit_link
+from ep2tp.planner.links import Link, built_in, fit_link
 
 FORMAT = "ep2tp-profile-1"
 
@@ -62,6 +62,20 @@ def read_profile(path: Path) -> Profile:
         raise SettingError(
             f"{path}: not a profile of ep2tp plan --calibrate ({type(error).__name__}: {error}); measure it again"
         ) from None
+
+
+def find_link(name: str) -> Link:
+    """The link that ``--link`` names: a built-in one, or a profile that ``--calibrate`` wrote.
+
+    Raises:
+        SettingError: it is neither.
+    """
+    if name in built_in():
+        return built_in()[name]
+    path = Path(name)
+    if path.suffix == ".json" or path.is_file():
+        return read_profile(path).link
+    raise SettingError(f"--link {name!r}: use {', '.join(built_in())}, or a JSON file that --calibrate wrote")
 
 
 def _parse(path: Path, stored: Any) -> Profile:

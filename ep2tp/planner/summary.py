@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ep2tp.planner.advise import Verdict
@@ -103,7 +103,7 @@ def _plan(question: Question, a: Assessment) -> dict[str, Any]:
     }
 
 
-def _by_batch(values: Mapping[int, Any], show: Any) -> dict[str, Any]:
+def _by_batch(values: Mapping[int, Any], show: Callable[[Any], Any]) -> dict[str, Any]:
     return {str(batch): show(value) for batch, value in values.items()}
 
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ep2tp.errors import SettingError
-from ep2tp.planner.links import built_in, find_link, fit, fit_link
-from ep2tp.planner.profile import FORMAT, read_profile, write_profile
+from ep2tp.planner.links import built_in, fit, fit_link
+from ep2tp.planner.profile import FORMAT, find_link, read_profile, write_profile
 
 ROWS = [
     json.loads(line)
