@@ -18,6 +18,7 @@ Outcome = Literal["runs", "refuses", "wrong in silence"]
 _FINEST_REFINED = 32
 _FP8 = "model_executor/layers/quantization/fp8.py"
 _UTILS = "model_executor/layers/quantization/utils/fp8_utils.py"
+_LINEAR = "distributed/utils.py: ensure_divisibility"
 _ROUTED_EXPERTS = "model_executor/layers/fused_moe/routed_experts.py"
 
 
@@ -86,12 +87,10 @@ def _behaviour(facts: ModelFacts, c: TensorClass, ranks: int) -> Iterator[Behavi
         yield Behaviour("SGLang", "0.5.23", what, "runs", "pads MXFP4 experts after slicing whole blocks", "mxfp4.py")
         return
     if c.size % ranks:
-        yield Behaviour(
-            "vLLM", "all", what, "refuses", "AssertionError (intermediate_size % tp_size)", "fused_moe/config.py"
-        )
-        yield Behaviour(
-            "SGLang", "all", what, "refuses", "AssertionError (intermediate_size % moe_tp_size)", "fused_moe_triton"
-        )
+        is_routed = c.name == "routed"
+        text = "AssertionError (intermediate_size % tp_size)" if is_routed else f"{c.size} is not divisible by {ranks}"
+        yield Behaviour("vLLM", "all", what, "refuses", text, "fused_moe/config.py" if is_routed else _LINEAR)
+        yield Behaviour("SGLang", "all", what, "refuses", text, "fused_moe_triton/layer.py" if is_routed else _LINEAR)
         return
     name = c.format_names
     if "fp8_block" in name and not _only_routed_is_packed(c):
@@ -100,12 +99,12 @@ def _behaviour(facts: ModelFacts, c: TensorClass, ranks: int) -> Iterator[Behavi
         yield from _nvfp4(what)
     elif "mxfp4" in name:
         yield from _mxfp4(what)
+    elif name.startswith(("awq", "gptq")):
+        yield _awq_or_gptq(c, ranks, what)
     elif "int" in name:
         yield from _grouped_integers(what)
     else:
-        text = f"slices would cut a block of {c.block} ({name})"
-        yield Behaviour("vLLM", "0.33.0", what, "refuses", text, _UTILS)
-        yield Behaviour("SGLang", "0.5.23", what, "refuses", text, "layers/quantization/fp8.py")
+        yield Behaviour("vLLM", "0.33.0", what, "refuses", f"ValueError: a slice would cut a block of {c.block}", name)
 
 
 def _only_routed_is_packed(c: TensorClass) -> bool:
@@ -144,6 +143,18 @@ def _mxfp4(what: str) -> Iterator[Behaviour]:
     yield Behaviour("vLLM", "0.25.1, 0.33.0", what, "wrong in silence", text, _ROUTED_EXPERTS)
     text = "moe_intermediate_size / moe_tp_size must be a multiple of weight_block_size_n"
     yield Behaviour("SGLang", "0.5.23", what, "refuses", text, "moe_ep_setup.py")
+
+
+def _awq_or_gptq(c: TensorClass, ranks: int, what: str) -> Behaviour:
+    """vLLM's MoeWNA16 halves the group until slices are whole groups, down to 32."""
+    group = c.block
+    while (c.size // ranks) % group and group > _FINEST_REFINED:
+        group //= 2
+    source = "model_executor/layers/quantization/moe_wna16.py"
+    if (c.size // ranks) % group == 0:
+        text = f"repeats the scales for groups of {group} (exact)"
+        return Behaviour("vLLM", "0.25.1, 0.32.0, 0.33.0", what, "runs", text, source)
+    return Behaviour("vLLM", "0.25.1, 0.32.0, 0.33.0", what, "refuses", "AssertionError (group size)", source)
 
 
 def _grouped_integers(what: str) -> Iterator[Behaviour]:

@@ -42,6 +42,7 @@ def quantization(name: str, form: str) -> dict[str, Any] | None:
         "fp8_channel": compressed(others={**_FLOAT8, "strategy": "channel"}),
         "nvfp4": compressed(routed={**_FLOAT4, "group_size": 16}, **others),
         "mxfp4": compressed(routed={**_FLOAT4, "group_size": 32}, **others),
+        "awq_g128": {"quant_method": "awq", "bits": 4, "group_size": 128},
         "int4_g32": compressed(routed=packed) | {"format": "pack-quantized"},
     }[form]
 
