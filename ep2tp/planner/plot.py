@@ -31,6 +31,7 @@ def plot(question: Question, assessed: Sequence[Assessment], path: Path) -> None
         Ep2tpError: the format is unknown, or the file cannot be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(2.6 + 0.42 * len(assessed) * len(question.batches), 5.2), layout="constrained")
     axes = figure.subplots(1, len(question.batches), squeeze=False)[0]
@@ -39,19 +40,22 @@ def plot(question: Question, assessed: Sequence[Assessment], path: Path) -> None
         bottom = [0.0] * len(assessed)
         for part, colour in _PARTS.items():
             heights = [getattr(a.decode[batch], part) for a in assessed]
-            panel.bar(names, heights, bottom=bottom, color=colour, label=_NAMES.get(part, part), width=0.75)
+            panel.bar(names, heights, bottom=bottom, color=colour, width=0.75)
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         for place, (a, top) in enumerate(zip(assessed, bottom, strict=True)):
-            panel.text(place, top, f"{top:.1f}" if a.runs else "does not run", ha="center", va="bottom", fontsize=8)
-            if not a.runs:
+            possible = a.runs and a.holds(batch)
+            note = f"{top:.1f}" if possible else "no KV\nroom" if a.runs else "does\nnot run"
+            panel.text(place, top, note, ha="center", va="bottom", fontsize=8 if possible else 7)
+            if not possible:
                 for bar in panel.containers:
                     bar[place].set_alpha(0.35)
         panel.set_title(f"batch {batch}", fontsize=11)
         panel.tick_params(axis="x", rotation=60, labelsize=9)
-        panel.set_ylim(top=1.1 * max(bottom))
+        panel.set_ylim(top=1.13 * max(bottom))
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("ms a token (computed bound)")
-    axes[-1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    handles = [Patch(color=colour, label=_NAMES.get(part, part)) for part, colour in _PARTS.items()]
+    axes[-1].legend(handles=handles, frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.suptitle(
         f"{Path(question.facts.source).name} on {question.gpus} x {question.gpu.name}, {question.link.name}, "
         f"context {question.context}",
