@@ -73,7 +73,9 @@ def reshard_command(source: str, destination: str, quiet: bool, as_json: bool, *
 
     with _progress(quiet or as_json or options["dry_run"]) as report, _errors():
         result = reshard(source, destination, report=report, **options)
-    seconds = _estimate(result, Path(destination)) if result.status == "planned" else None
+    seconds = None
+    if result.status == "planned":
+        seconds = _estimate(result, Path(source), Path(destination), options["workers"])
     _print(_summary(result, seconds), quiet, as_json, _words(result, source, destination, seconds))
 
 
@@ -83,8 +85,8 @@ def reshard_command(source: str, destination: str, quiet: bool, as_json: bool, *
 @_source_options
 def verify_command(folder: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Check the hashes of a folder that ep2tp reshard wrote, and with --source every byte of every tensor."""
-    from ep2tp.checkpoint.compare import DifferenceError
     from ep2tp.checkpoint.verify import verify
+    from ep2tp.errors import DifferenceError
 
     try:
         with _errors():
@@ -103,7 +105,7 @@ def verify_command(folder: str, quiet: bool, as_json: bool, **options: Any) -> N
 @contextmanager
 def _errors() -> Iterator[None]:
     """Show ep2tp's errors as one line, also where the command is not run by ``ep2tp``'s own group."""
-    from ep2tp.checkpoint.compare import DifferenceError
+    from ep2tp.errors import DifferenceError
 
     try:
         yield
@@ -135,10 +137,11 @@ def _progress(is_quiet: bool) -> Iterator[Report]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _estimate(result: Result, destination: Path) -> float:
+def _estimate(result: Result, source: Path, destination: Path, workers: int | None) -> float:
+    from ep2tp.checkpoint.run import Options
     from ep2tp.checkpoint.sample import seconds_for
 
-    return seconds_for(sum(result.conversion.sizes().values()), destination)
+    return seconds_for(result.conversion, source, destination, workers or Options.workers)
 
 
 def _summary(result: Result, seconds: float | None) -> dict[str, Any]:
@@ -152,7 +155,7 @@ def _summary(result: Result, seconds: float | None) -> dict[str, Any]:
         "source_bytes": result.conversion.source_bytes,
         "written": result.written,
         "resumed": result.resumed,
-        **({} if seconds is None else {"estimated_seconds": round(seconds, 1)}),
+        **({} if seconds is None else {"estimated_seconds": float(f"{seconds:.3g}")}),
     }
 
 

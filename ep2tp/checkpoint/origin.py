@@ -82,7 +82,9 @@ class InputFile:
     def _load(self, start: int, size: int) -> None:
         while self.hashes and self._hashed < start:
             self._load(self._hashed, 1)
-        self._start = self._stop = start
+        kept = self._stop - start if self._start <= start < self._stop else 0
+        self._buffer[:kept] = self._buffer[start - self._start : start - self._start + kept]
+        self._start, self._stop = start, start + kept
         while self._stop < min(start + len(self._buffer), self._size):
             read = os.preadv(self._file, [self._buffer[self._stop - start :]], self._stop)
             if read == 0:

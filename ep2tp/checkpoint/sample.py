@@ -1,30 +1,66 @@
-"""How long a conversion will take, from a measured sample of the disk that it writes to."""
+"""How long a conversion will take, from measured samples of the disks and of this machine's hashing."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+from ep2tp.checkpoint.conversion import Conversion
 from ep2tp.checkpoint.destination import existing_parent
 
 _SAMPLE = 64 << 20  # bytes
+_BLOCK = 1 << 20
 
 
-def seconds_for(size: int, destination: Path) -> float:
-    """Seconds to hash twice and write ``size`` bytes where ``destination`` is to be, from writing a nameless file.
+def seconds_for(conversion: Conversion, source: Path, destination: Path, workers: int) -> float:
+    """Seconds that a conversion will take: the disks' time or the cores', whichever is longer.
 
-    Reading is not part of the sample: on a disk it overlaps with writing, and a slower source shows in the progress.
+    The disks' is reading everything and then writing everything, as on one disk; the cores' is SHA-256 of both, on as
+    many as there are workers. Reading counts only where ``source`` is a folder: nothing is fetched for a sample.
     """
-    data = os.urandom(1 << 20)
+    new, old = sum(conversion.sizes().values()), conversion.source_bytes
+    disks = new / _rate(lambda data: _write(data, existing_parent(destination)))
+    inputs = [source / name for job in conversion.jobs for name in job.inputs]
+    if source.is_dir():
+        largest = max(inputs, key=lambda path: path.stat().st_size)
+        disks += old / _rate(lambda _: _read(largest))
+    cores = (old + new) / _rate(_hash) / min(workers, os.cpu_count() or 1)
+    return max(disks, cores)
+
+
+def _rate(work: Callable[[bytes], int]) -> float:
+    """Bytes a second."""
+    data = os.urandom(_BLOCK)
     started = time.perf_counter()
-    with tempfile.TemporaryFile(dir=existing_parent(destination)) as file:
+    done = work(data)
+    return done / (time.perf_counter() - started)
+
+
+def _write(data: bytes, folder: Path) -> int:
+    with tempfile.TemporaryFile(dir=folder) as file:
         for _ in range(_SAMPLE // len(data)):
-            sha256(data).digest()
-            sha256(data).digest()
             file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return size * (time.perf_counter() - started) / _SAMPLE
+    return _SAMPLE
+
+
+def _read(path: Path) -> int:
+    """Read the start of a file from its disk; what the kernel holds of it is given back first."""
+    done = 0
+    with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, _SAMPLE, os.POSIX_FADV_DONTNEED)
+        while done < _SAMPLE and (block := file.read(_BLOCK)):
+            done += len(block)
+    return done
+
+
+def _hash(data: bytes) -> int:
+    digest = sha256()
+    for _ in range(_SAMPLE // len(data)):
+        digest.update(data)
+    return _SAMPLE

@@ -1,25 +1,31 @@
 """Measures ``ep2tp reshard``: throughput against cp, and peak memory against size.
 
-    python tests/benchmarks/reshard.py FOLDER [--gigabytes 4] [--memory 1 2 4 8]
+    python tests/benchmarks/reshard.py FOLDER [--gigabytes 4.2] [--repeat 3] [--memory 1 2 4 8]
 
-FOLDER needs room for about four times the largest checkpoint. Every figure comes from one run on one machine; each
-command runs in a process of its own, whose peak resident memory the kernel reports (VmHWM; 0 for cp). Cold means that
-the source's pages were given back to the kernel first (``posix_fadvise``), warm that they had just been read. ``cp`` is
-timed to the end of ``fsync``, as ep2tp syncs what it writes.
+FOLDER needs room for about four times the largest checkpoint. Every figure comes from one run on one machine; the
+commands take turns, each in a process of its own, and the median of the repetitions counts. Cold means that the
+source's pages were given back to the kernel first (``posix_fadvise``), warm that they had just been read. ``cp`` is
+timed to the end of ``fsync``, as ep2tp syncs what it writes. Core-seconds are user and system time of the process, peak
+memory is what the kernel reports of it (VmHWM). The hashing floor is the time that SHA-256 of input and output takes
+all cores of this machine, at a rate measured in the same run: no conversion can be faster that hashes both.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 
@@ -41,14 +47,14 @@ CONFIG = {
 PEAK = "; import re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
 CONVERT = "import sys; from ep2tp.checkpoint.reshard import reshard; reshard(sys.argv[1], sys.argv[2], tp=2)"
 RANKS = CONVERT.replace("tp=2", "tp=2, layout='ranks'")
-VERIFY = "import sys; from ep2tp.checkpoint.verify import verify; verify(sys.argv[2], sys.argv[1])"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds and peak resident memory in bytes of one process."""
+    """Wall-clock seconds, core-seconds, and peak resident memory in bytes of one process."""
 
     seconds: float
+    cores: float
     memory: int
 
 
@@ -106,38 +112,64 @@ def warm(folder: Path, is_warm: bool) -> None:
 
 
 def timed(command: list[str], sync: Path | None = None) -> Run:
-    started = time.perf_counter()
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
     if sync is not None:
         for path in weights(sync):
             file = os.open(path, os.O_RDONLY)
             os.fsync(file)
             os.close(file)
-    return Run(time.perf_counter() - started, int(output or 0) * 1024)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cores = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Run(seconds, cores, int(output or 0) * 1024)
 
 
-def throughput(folder: Path, source: Path) -> None:
-    print(f"\n{size_of(source) / 1e9:.2f} GB in {len(list(weights(source)))} files")
-    print("| cache | what | GB written | s | GB/s written | of cp | peak RSS MB |\n|---|---|---|---|---|---|---|")
+def hash_rate() -> float:
+    """Bytes a second that SHA-256 takes on all cores together."""
+    block, cores, blocks = os.urandom(8 << 20), os.cpu_count() or 1, 40
+
+    def hash_some(_: int) -> None:
+        for _ in range(blocks):
+            hashlib.sha256(block)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(cores) as pool:
+        list(pool.map(hash_some, range(cores)))
+    return cores * blocks * len(block) / (time.perf_counter() - started)
+
+
+def throughput(folder: Path, source: Path, repeat: int) -> None:
+    size, rate = size_of(source), hash_rate()
+    print(f"\n{size / 1e9:.2f} GB in {len(list(weights(source)))} files, {os.cpu_count()} cores, ", end="")
+    print(f"SHA-256 at {rate / 1e9:.2f} GB/s on all of them, median of {repeat} (all in brackets)")
+    print("| cache | what | GB written | s | GB/s written | of cp | core-seconds | hashing floor s | peak RSS MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for is_warm in (False, True):
-        rates = {}
-        for what in ("cp", "padded", "ranks", "cp again", "verify --source"):
-            out = folder / "out-padded" if what.startswith("verify") else folder / f"out-{what.replace(' ', '-')}"
-            warm(source, is_warm)
-            if what.startswith("cp"):
-                run = timed(["cp", "-r", str(source), str(out)], out)
-            else:
-                code = {"padded": CONVERT, "ranks": RANKS}.get(what, VERIFY)
-                run = timed([sys.executable, "-c", code + PEAK, str(source), str(out)])
-            rates[what] = size_of(out) / run.seconds / 1e9
-            of_cp = rates[what] / max(rates["cp"], rates.get("cp again", 0))
+        runs: dict[str, list[Run]] = {}
+        written: dict[str, int] = {}
+        for _ in range(repeat):
+            for what in ("cp", "padded", "ranks"):
+                out = folder / f"out-{what}"
+                warm(source, is_warm)
+                if what == "cp":
+                    run = timed(["cp", "-r", str(source), str(out)], out)
+                else:
+                    code = {"padded": CONVERT, "ranks": RANKS}[what] + PEAK
+                    run = timed([sys.executable, "-c", code, str(source), str(out)])
+                runs.setdefault(what, []).append(run)
+                written[what] = size_of(out)
+                shutil.rmtree(out)
+        rates = {what: written[what] / median(run.seconds for run in found) / 1e9 for what, found in runs.items()}
+        for what, found in runs.items():
+            all_seconds = ", ".join(f"{run.seconds:.1f}" for run in found)
+            floor = "" if what == "cp" else f"{(size + written[what]) / rate:.1f}"
             print(
-                f"| {'warm' if is_warm else 'cold'} | {what} | {size_of(out) / 1e9:.2f} | {run.seconds:.1f} | "
-                f"{rates[what]:.3f} | {of_cp:.2f} | {run.memory / 1e6:.0f} |",
+                f"| {'warm' if is_warm else 'cold'} | {what} | {written[what] / 1e9:.2f} | "
+                f"{median(run.seconds for run in found):.1f} ({all_seconds}) | {rates[what]:.2f} | "
+                f"{rates[what] / rates['cp']:.2f} | {median(run.cores for run in found):.1f} | {floor} | "
+                f"{max(run.memory for run in found) / 1e6:.0f} |",
                 flush=True,
             )
-            if what != "padded":
-                shutil.rmtree(folder / "out-padded" if what.startswith("verify") else out)
 
 
 def memory(folder: Path, sources: list[Path]) -> None:
@@ -154,6 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=4.2)
+    parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--memory", type=float, nargs="*", default=[1, 2, 4, 8])
     given = parser.parse_args()
     given.folder.mkdir(parents=True)
@@ -165,7 +198,7 @@ def main() -> None:
         write_layer(layers, len(list(layers.iterdir())), blocks)
     paths = sorted(layers.iterdir())
     if given.gigabytes:
-        throughput(given.folder, checkpoint(given.folder, given.gigabytes, paths))
+        throughput(given.folder, checkpoint(given.folder, given.gigabytes, paths), given.repeat)
     memory(given.folder, [checkpoint(given.folder, size + 0.001, paths) for size in given.memory])
     shutil.rmtree(given.folder)
 

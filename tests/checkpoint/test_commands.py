@@ -26,6 +26,8 @@ def test_convert_and_verify(source: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     code, text = run(reshard_command, source, out, "--tp", "2", "--dry-run")
     assert code == 0 and "moe_intermediate_size 192 -> 256" in text and "nothing was written" in text
+    code, text = run(reshard_command, source, out, "--tp", "2", "--dry-run", "--json")
+    assert code == 0 and json.loads(text)["status"] == "planned" and json.loads(text)["estimated_seconds"] > 0
     code, text = run(reshard_command, source, out, "--tp", "2", "--json")
     assert code == 0 and json.loads(text)["fields"]["intermediate_size"] == [448, 512]
     assert run(reshard_command, source, out, "--tp", "2", "--quiet") == (0, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ import pytest
 pytest.importorskip("vllm")
 
 from ep2tp.checkpoint.reshard import reshard
-from ep2tp.demo.launch import EngineRun, run_engine
+from ep2tp.demo.launch import CPU_ENVIRONMENT, PROMPTS, EngineRun, run_engine
 from ep2tp.demo.tiny import TinyModel
 from tests.engines.conftest import tiny_model
+from tests.engines.serving import Server, free_port
 
 pytestmark = pytest.mark.engine
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "reshard_and_serve.py"
 MODEL = TinyModel("deepseek_v3", expert_size=75, shared_experts=2, dense_size=325)  # nothing of it divides by 2
 
 
@@ -37,11 +40,20 @@ def run(folder: Path, label: str, model: Path, tp: int, **options: object) -> En
     return found
 
 
-def test_padded_checkpoint_in_stock_vllm(tiny_models: Path, source: Path, reference: EngineRun) -> None:
-    reshard(source, tiny_models / "padded", tp=2)
-    padded = run(tiny_models, "resharded-padded", tiny_models / "padded", tp=2)
-    assert padded.result is not None and reference.result is not None
-    assert padded.result["tokens"] == reference.result["tokens"]
+def test_padded_checkpoint_is_served_by_stock_vllm(tmp_path: Path, reference: EngineRun) -> None:
+    """By examples/reshard_and_serve.py, whose tiny model is this one."""
+    port, log = free_port(), tmp_path / "serve.log"
+    options = ["--skip-tokenizer-init", "--tokens-only", "--max-model-len", "256", "--enforce-eager"]
+    command = [sys.executable, str(EXAMPLE), "tiny", str(tmp_path / "padded"), "--tp", "2", "--port", str(port)]
+    server = Server({log: [*command, *options, "--dtype", "float32"]}, port, CPU_ENVIRONMENT)
+    try:
+        tokens = [server.generate(prompt, max_tokens=12) for prompt in PROMPTS]
+    finally:
+        text = server.stop()
+    assert reference.result is not None and tokens == reference.result["tokens"]
+    assert "tensors equal" in text and "Worker_TP1" in text and "ep2tp 0" not in text
+    config = json.loads((tmp_path / "padded" / "config.json").read_text())
+    assert (config["moe_intermediate_size"], config["intermediate_size"]) == (80, 336)
 
 
 def test_rank_files_in_vllm(tiny_models: Path, source: Path, reference: EngineRun) -> None:

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import re
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,6 +13,7 @@ pytest.importorskip("vllm")
 from ep2tp.demo.launch import CPU_ENVIRONMENT, PROMPTS, run_engine
 from ep2tp.demo.tiny import TinyModel
 from tests.engines.conftest import tiny_model
+from tests.engines.serving import Server, free_port
 
 pytestmark = pytest.mark.engine
 
@@ -39,67 +30,16 @@ main()
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def ask(url: str, body: dict[str, Any] | None = None) -> bytes:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return bytes(answer.read())
-
-
-def wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    for _ in range(240):
-        assert server.poll() is None, log.read_text()[-3000:]
-        try:
-            ask(f"{url}/health")
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(1)
-        else:
-            return
-    raise AssertionError(log.read_text()[-3000:])
-
-
-class Server:
+def served(model: Path, folder: Path, nodes: int) -> Server:
     """``vllm serve`` with one process a node; all nodes are this machine."""
-
-    def __init__(self, model: Path, folder: Path, name: str, nodes: int = 1) -> None:
-        self.port, master_port = free_port(), free_port()
-        self.logs = [folder / f"{name}-{node}.log" for node in range(nodes)]
-        command = [sys.executable, "-c", VLLM, "serve", str(model), *RECIPE, *OPTIONS, "--port", str(self.port)]
-        self.processes = []
-        for node, log in enumerate(self.logs):
-            place = ["--nnodes", str(nodes), "--node-rank", str(node)] + (["--headless"] if node else [])
-            place += ["--master-addr", "127.0.0.1", "--master-port", str(master_port)]
-            with log.open("wb") as stream:
-                self.processes.append(
-                    subprocess.Popen(
-                        command + (place if nodes > 1 else []),
-                        stdout=stream,
-                        stderr=subprocess.STDOUT,
-                        env=os.environ | CPU_ENVIRONMENT | {"EP2TP": "auto"},
-                        start_new_session=True,
-                    )
-                )
-
-    def generate(self, prompt: list[int], max_tokens: int) -> list[int]:
-        url = f"http://127.0.0.1:{self.port}"
-        wait_until_healthy(url, self.processes[0], self.logs[0])
-        sampling = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
-        answer = json.loads(ask(f"{url}/inference/v1/generate", {"token_ids": prompt, "sampling_params": sampling}))
-        return list(answer["choices"][0]["token_ids"])
-
-    def stop(self) -> str:
-        """End all processes; returns what they logged."""
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        return "".join(log.read_text(errors="replace") for log in self.logs)
+    port, master_port = free_port(), free_port()
+    command = [sys.executable, "-c", VLLM, "serve", str(model), *RECIPE, *OPTIONS, "--port", str(port)]
+    commands = {}
+    for node in range(nodes):
+        place = ["--nnodes", str(nodes), "--node-rank", str(node)] + (["--headless"] if node else [])
+        place += ["--master-addr", "127.0.0.1", "--master-port", str(master_port)]
+        commands[folder / f"serve-{nodes}-{node}.log"] = command + (place if nodes > 1 else [])
+    return Server(commands, port, CPU_ENVIRONMENT | {"EP2TP": "auto"})
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +52,7 @@ def reference(tiny_models: Path) -> list[int]:
 
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_a_dep_recipe_is_served_as_tp(nodes: int, tiny_models: Path, reference: list[int]) -> None:
-    server = Server(tiny_model(tiny_models, MODEL), tiny_models, f"serve-{nodes}", nodes)
+    server = served(tiny_model(tiny_models, MODEL), tiny_models, nodes)
     try:
         tokens = server.generate(PROMPTS[0], max_tokens=6)
     finally:

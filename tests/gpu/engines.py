@@ -23,6 +23,8 @@ JOBS = int(os.environ.get("GPU_TEST_JOBS", "2"))
 SECONDS = float(os.environ.get("GPU_TEST_SECONDS", "1500"))  # for all engines together
 _ONE_ENGINE = 170.0
 _TRITON = {"moe_backend": "triton"}
+NO_PLUGINS = "absent"
+"""As :attr:`Case.ep2tp`: vLLM loads no plugin at all, as if ep2tp were not installed."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Case:
         checkpoint: name of a checkpoint folder.
         ranks: tensor-parallel size.
         ep: start it as expert-parallel recipes do, with --enable-expert-parallel.
-        ep2tp: the value of ``EP2TP``.
+        ep2tp: the value of ``EP2TP``, or :data:`NO_PLUGINS`.
         engine: further arguments of ``vllm.LLM``.
         fails: whether it is expected not to start.
     """
@@ -120,7 +122,7 @@ class Engines:
 def _environment(ep2tp: str) -> dict[str, str]:
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
-        "EP2TP": ep2tp,
+        **({"VLLM_PLUGINS": ""} if ep2tp == NO_PLUGINS else {"EP2TP": ep2tp}),
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",

@@ -13,8 +13,6 @@ same run, and ep2tp has to stay within it.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -59,13 +57,6 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = Path(os.environ["GPU_TEST_LOGS"]) if "GPU_TEST_LOGS" in os.environ else tmp_path_factory.mktemp("logs")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory, out: Path) -> Iterator[Engines]:
     folder = tmp_path_factory.mktemp("checkpoints")
     with ThreadPoolExecutor() as pool:
@@ -74,19 +65,6 @@ def engines(tmp_path_factory: pytest.TempPathFactory, out: Path) -> Iterator[Eng
     running = Engines(CASES, checkpoints, out, torch.cuda.device_count())
     yield running
     running.close()
-
-
-@pytest.fixture
-def note(out: Path, request: pytest.FixtureRequest) -> Any:
-    """Print a figure and append it to figures.jsonl."""
-
-    def write(**figures: Any) -> None:
-        line = json.dumps({"test": request.node.name, **figures}, default=str)
-        print(line)
-        with (out / "figures.jsonl").open("a") as stream:
-            stream.write(line + "\n")
-
-    return write
 
 
 def compared(a: Run, b: Run, note: Any) -> Agreement:

@@ -21,6 +21,8 @@ class WorkerProbe:
 
     def describe_rank(self) -> dict[str, Any]:
         """Libraries mapped, parallelism of the MoE layers, shapes of the MLP weights; JSON-able."""
+        from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER as loaders
+
         from ep2tp.rewrite import guard
 
         model = self.model_runner.get_model()
@@ -33,6 +35,7 @@ class WorkerProbe:
             "nvshmem_of_torch": _mapped("nvshmem"),
             "guarded_modules": [name for name in guard.GUARDED if sys.modules.get(name) is not None],
             "guard_is_armed": guard.is_armed(),
+            "plugin_was_loaded": "ep2tp" in loaders,
             "moe": sorted({_parallelism(m.moe_config) for _, m in model.named_modules() if hasattr(m, "moe_config")}),
             "shapes": {n: list(p.shape) for n, p in model.named_parameters() if n.endswith(_WEIGHTS)},
         }
