@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +45,11 @@ class HubSource:
             raise CheckpointError(f"{repo}: no such folder, and the hub says: {error}") from None
         self.commit = str(info.sha)
         self._sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of every file of the repository, by name."""
+        return self._sizes
 
     @property
     def scratch(self) -> int:

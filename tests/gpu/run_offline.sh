@@ -8,6 +8,8 @@
 # KIT/missing/*.whl wheels to install only where the machine's Python lacks them; ep2tp's own gives its entry point
 # OUT               gets pytest.log, figures.jsonl, machine.txt and logs.tar.gz
 # SECONDS_FOR_TESTS stops pytest (default 430)
+# RUN               a command to run in place of pytest, in the repository's root; OUT then gets run.log
+#                   (RUN='python3 tests/benchmarks/ep_vs_tp.py --out $OUT/ep_vs_tp.jsonl --logs $OUT/ep_vs_tp')
 set -uo pipefail
 repo=$(cd "$(dirname "$0")/../.." && pwd)
 KIT=$(realpath "$KIT") OUT=$(realpath "$OUT") site=/opt/site dep=/opt/dep
@@ -51,6 +53,11 @@ export GPU_TEST_JOBS=${GPU_TEST_JOBS:-5} GPU_TEST_SECONDS=${GPU_TEST_SECONDS:-39
   >"$OUT/machine.txt" 2>&1
 python3 -c 'import importlib.metadata as m, vllm, ep2tp
 print("vllm", vllm.__version__, "ep2tp", ep2tp.__version__, [e.value for e in m.entry_points(group="vllm.general_plugins")])'
+if [ -n "${RUN:-}" ]; then
+  export OUT
+  cd "$repo" && timeout -k 10 "${SECONDS_FOR_TESTS:-430}" bash -c "$RUN" 2>&1 | tee "$OUT/run.log"
+  exit "${PIPESTATUS[0]}"
+fi
 timeout -k 10 "${SECONDS_FOR_TESTS:-430}" python3 -m pytest "$repo/tests/gpu" -m gpu -s -rA --tb=short -p no:cacheprovider \
   "$@" 2>&1 | tee "$OUT/pytest.log"
 status=$?

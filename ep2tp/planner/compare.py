@@ -1,0 +1,159 @@
+"""Every plan of N GPUs for one model, each with its memory, divisibility, communication and time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ep2tp.errors import ModelError
+from ep2tp.model.facts import ModelFacts
+from ep2tp.model.sharding import ShardPlan
+from ep2tp.planner import communication as comm
+from ep2tp.planner.communication import Collective
+from ep2tp.planner.divisibility import Behaviour, blockers, stock_behaviour
+from ep2tp.planner.gpus import Gpu
+from ep2tp.planner.inventory import Inventory
+from ep2tp.planner.layouts import Layout, layouts_for
+from ep2tp.planner.links import Link
+from ep2tp.planner.memory import Weights, cache_per_sequence, shard_plan, usable_bytes, weights_of
+from ep2tp.planner.straggler import expert_load
+from ep2tp.planner.timing import Setting, Step, decode_step, prefill_step
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        facts, inventory: the model.
+        gpus, gpu, link: the machine.
+        batches: sequences that decode at once, over all GPUs.
+        context: tokens of each sequence.
+        prompt: tokens of the prefill.
+    """
+
+    facts: ModelFacts
+    inventory: Inventory
+    gpus: int
+    gpu: Gpu
+    link: Link
+    batches: tuple[int, ...] = (1, 8, 64)
+    context: int = 8192
+    prompt: int = 2048
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """One plan, assessed.
+
+    Attributes:
+        layout: the plan.
+        plan: how ep2tp slices and pads its MLP weights; None where it cannot.
+        blockers: why it cannot run at all; empty where it can.
+        stock: what engines without ep2tp do with sizes that do not divide.
+        weights: bytes on the fullest GPU.
+        cache: bytes of KV cache a sequence takes on a GPU that holds it.
+        sequences: sequences of the context that fit beside the weights, over all GPUs; negative if not even the
+            weights do.
+        straggler: busiest rank over mean, in experts hit, by batch.
+        collectives: those of one MoE layer, by batch.
+        alternative: the same by rank-deduplicated all_to_all, for DEP.
+        decode, prefill: times.
+    """
+
+    layout: Layout
+    plan: ShardPlan | None
+    blockers: tuple[str, ...]
+    stock: tuple[Behaviour, ...]
+    weights: Weights
+    cache: float
+    sequences: int
+    straggler: dict[int, float]
+    collectives: dict[int, list[Collective]]
+    alternative: dict[int, list[Collective]]
+    decode: dict[int, Step]
+    prefill: Step
+
+    @property
+    def fits(self) -> bool:
+        """Whether the weights and a sequence of the context (a rank, where attention is data parallel) fit."""
+        return self.sequences >= self.layout.dp
+
+    @property
+    def divides(self) -> bool:
+        """Whether everything is sliced into whole blocks without padding."""
+        return not self.blockers and self.plan is not None and not self.plan.is_padded and not self.stock
+
+    @property
+    def runs(self) -> bool:
+        """Whether it runs with ep2tp: it fits, and what does not divide can be padded."""
+        return self.fits and not self.blockers and self.plan is not None
+
+    def holds(self, batch: int) -> bool:
+        """Whether the KV cache holds ``batch`` sequences of the context at once."""
+        return self.sequences >= batch
+
+
+def assess_all(question: Question) -> list[Assessment]:
+    """Assess every plan."""
+    return [assess(question, layout) for layout in layouts_for(question.gpus)]
+
+
+def assess(question: Question, layout: Layout) -> Assessment:
+    """Assess one plan; one that cannot run is assessed as if its weights could be sliced evenly."""
+    facts, inventory = question.facts, question.inventory
+    problems = blockers(facts, layout)
+    plan = None
+    try:
+        plan = shard_plan(facts, layout)
+    except ModelError as error:
+        problems.append(str(error))
+    setting = _setting(question, layout, plan)
+    sliced = setting.plan
+    weights = weights_of(facts, inventory, layout, sliced)
+    cache = cache_per_sequence(facts, inventory, layout, question.context)
+    return Assessment(
+        layout=layout,
+        plan=plan,
+        blockers=tuple(problems),
+        stock=tuple(stock_behaviour(facts, layout)),
+        weights=weights,
+        cache=cache,
+        sequences=_sequences(usable_bytes(question.gpu.memory_gb) - weights.total, cache, layout),
+        straggler={b: expert_load(b, facts.experts, facts.top_k, layout.ep).factor for b in question.batches},
+        collectives={b: comm.moe_layer(b, facts.hidden, layout.stage_ranks, layout.dp) for b in question.batches},
+        alternative=_alternative(question, layout),
+        decode={b: decode_step(setting, b, question.context) for b in question.batches},
+        prefill=prefill_step(setting, question.prompt),
+    )
+
+
+def decode_at(question: Question, assessed: Assessment, batch: int) -> Step:
+    """A decode step of an assessed plan at a batch that was not asked for."""
+    return decode_step(_setting(question, assessed.layout, assessed.plan), batch, question.context)
+
+
+def _setting(question: Question, layout: Layout, plan: ShardPlan | None) -> Setting:
+    plan = plan or ShardPlan(question.facts, layout.slices, {}, {}, {}, {})
+    return Setting(question.facts, question.inventory, plan, layout, question.gpu, question.link)
+
+
+def _alternative(question: Question, layout: Layout) -> dict[int, list[Collective]]:
+    if layout.dp == 1:
+        return {}
+    facts = question.facts
+    size = (facts.hidden, layout.stage_ranks, facts.experts, facts.top_k)
+    return {batch: comm.deduplicated_all_to_all(batch, *size) for batch in question.batches}
+
+
+def _sequences(left: float, cache: float, layout: Layout) -> int:
+    if left < 0:
+        return -1
+    return layout.dp * int(left // cache) if cache else layout.dp
+
+
+def fastest(assessed: Sequence[Assessment], batch: int) -> Assessment:
+    """The plan with the shortest decode step at a batch that it holds; within 2%, the one that comes first."""
+    assessed = [a for a in assessed if a.holds(batch)] or assessed
+    least = min(a.decode[batch].total for a in assessed)
+    return next(a for a in assessed if a.decode[batch].total <= 1.02 * least)

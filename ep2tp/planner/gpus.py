@@ -1,0 +1,81 @@
+"""GPUs by name: memory, memory bandwidth and arithmetic. From NVIDIA's data sheets, dense figures without sparsity."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ep2tp.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU.
+
+    Attributes:
+        name: as a person writes it.
+        memory_gb: memory in GB of 1e9 bytes, as the driver reports it (below the GiB of the name).
+        bandwidth: memory bandwidth in bytes a second.
+        tflops: BF16 arithmetic, 1e12 operations a second, tensor cores with FP32 sums.
+        fp8_tflops: the same in FP8; that of BF16 where the GPU has no FP8.
+        source: where the figures come from.
+    """
+
+    name: str
+    memory_gb: float
+    bandwidth: float
+    tflops: float
+    fp8_tflops: float
+    source: str = "NVIDIA's data sheet"
+
+
+_GIB = 1.073741824
+_TABLE = [  # name, GiB, TB/s, BF16 TFLOPS, FP8 TFLOPS
+    ("RTX PRO 6000", 95, 1.792, 503, 1007),
+    ("RTX 5090", 31.8, 1.792, 209, 419),
+    ("RTX 4090", 23.9, 1.008, 165, 330),
+    ("RTX 6000 Ada", 47.9, 0.960, 182, 364),
+    ("RTX A6000", 47.9, 0.768, 155, 155),
+    ("L40S", 44.9, 0.864, 362, 733),
+    ("L4", 22.5, 0.300, 121, 242),
+    ("A100 40GB", 39.5, 1.555, 312, 312),
+    ("A100 PCIe 40GB", 39.5, 1.555, 312, 312),
+    ("A100 80GB PCIe", 79.3, 1.935, 312, 312),
+    ("A100 80GB", 79.3, 2.039, 312, 312),
+    ("H100 PCIe", 79.6, 2.0, 756, 1513),
+    ("H100 NVL", 93.6, 3.9, 835, 1671),
+    ("H100", 79.6, 3.35, 989, 1979),
+    ("H200", 139.8, 4.8, 989, 1979),
+    ("H20", 95.6, 4.0, 148, 296),
+    ("B200", 178.3, 8.0, 2250, 4500),
+]
+GPUS = [Gpu(name, gib * _GIB, tb * 1e12, bf16, fp8) for name, gib, tb, bf16, fp8 in _TABLE]
+DEFAULT = GPUS[0]
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU that ``name`` means; case, ``NVIDIA`` and punctuation do not matter.
+
+    Raises:
+        SettingError: none, or a name that is part of several.
+    """
+    wanted = _key(name)
+    if exact := [gpu for gpu in GPUS if _key(gpu.name) == wanted]:
+        return exact[0]
+    fitting = [gpu for gpu in GPUS if wanted and wanted in _key(gpu.name)]
+    inside = sorted((gpu for gpu in GPUS if _key(gpu.name) in wanted), key=lambda gpu: -len(gpu.name))
+    if len(fitting) == 1 or inside:
+        return fitting[0] if len(fitting) == 1 else inside[0]
+    names = ", ".join(gpu.name for gpu in GPUS)
+    raise SettingError(f"--gpu {name!r}: ep2tp knows {names}; for another GPU give --memory GB")
+
+
+def unknown_gpu(memory_gb: float) -> Gpu:
+    """A GPU of which only the memory is known: bandwidth and arithmetic are assumed to be :data:`DEFAULT`'s."""
+    gpu = DEFAULT
+    source = f"memory as given; bandwidth and arithmetic assumed: those of an {gpu.name}"
+    return Gpu(f"{memory_gb:g} GB GPU", memory_gb, gpu.bandwidth, gpu.tflops, gpu.fp8_tflops, source)
+
+
+def _key(name: str) -> str:
+    return re.sub(r"nvidia|geforce|blackwell|sxm\d?|hbm\w*|[^a-z0-9]", "", name.lower())

@@ -1,0 +1,105 @@
+"""The launch command of a plan, for vLLM and SGLang, with ep2tp's variables and NCCL's settings."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from ep2tp.planner.compare import Assessment, Question
+from ep2tp.planner.layouts import Layout
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command line, or why there is none.
+
+    Attributes:
+        environment: variables to set.
+        command: the command; empty where the engine cannot run the plan.
+        note: what else to know.
+    """
+
+    environment: dict[str, str]
+    command: tuple[str, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        """One line for a shell."""
+        if not self.command:
+            return f"# {self.note}"
+        return " ".join([*(f"{key}={value}" for key, value in self.environment.items()), shlex.join(self.command)])
+
+
+def nccl_settings(link: str) -> tuple[dict[str, str], list[str], str]:
+    """(variables, vLLM's and SGLang's common flag, why) that suit a kind of link."""
+    no_custom = ["--disable-custom-all-reduce"]
+    if link in ("pcie4", "pcie5"):
+        return {"NCCL_P2P_LEVEL": "SYS"}, [], "peer to peer across PCIe root ports; drop it if bytes do not arrive"
+    if link == "host":
+        return {"NCCL_P2P_DISABLE": "1"}, no_custom, "no peer to peer: NCCL stages through host memory"
+    if link == "socket":
+        return (
+            {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
+            no_custom,
+            "sockets; between nodes set NCCL_SOCKET_IFNAME to the fast interface instead",
+        )
+    return {}, [], ""
+
+
+def launches(question: Question, assessed: Assessment) -> dict[str, Launch]:
+    """The plan's launch for ``vllm`` and ``sglang``."""
+    return {"vllm": _vllm(question, assessed), "sglang": _sglang(question, assessed)}
+
+
+def _vllm(question: Question, assessed: Assessment) -> Launch:
+    layout, model = assessed.layout, _servable(question.facts.source)
+    variables, flags, note = nccl_settings(question.link.name)
+    if layout.plan == "TPxEP":
+        return Launch({}, (), "vLLM cannot slice experts and spread them too; SGLang can")
+    sizes = {
+        "TP": ["--tensor-parallel-size", str(layout.tp)],
+        "TEP": ["--tensor-parallel-size", str(layout.tp), "--enable-expert-parallel"],
+        "DEP": ["--data-parallel-size", str(layout.dp), "--enable-expert-parallel"],
+        "TPxPP": ["--tensor-parallel-size", str(layout.tp), "--pipeline-parallel-size", str(layout.pp)],
+    }[layout.plan]
+    mode = {"EP2TP": "on" if not _keeps_ep(layout) else "auto" if _is_padded(assessed) else "off"}
+    if _keeps_ep(layout) and _is_padded(assessed):
+        note = "EP2TP=auto rewrites to TP without NVLink; keep whole experts with a checkpoint from ep2tp reshard"
+    context = ["--max-model-len", str(question.context)]
+    return Launch(mode | variables, ("vllm", "serve", model, *sizes, *context, *flags), note)
+
+
+def _sglang(question: Question, assessed: Assessment) -> Launch:
+    layout, model = assessed.layout, _servable(question.facts.source)
+    variables, flags, note = nccl_settings(question.link.name)
+    ranks = str(layout.stage_ranks)
+    sizes = {
+        "TP": ["--tp-size", ranks],
+        "TEP": ["--tp-size", ranks, "--ep-size", ranks],
+        "DEP": ["--tp-size", ranks, "--dp-size", ranks, "--enable-dp-attention", "--ep-size", ranks],
+        "TPxPP": ["--tp-size", str(layout.tp), "--pp-size", str(layout.pp)],
+        "TPxEP": ["--tp-size", ranks, "--ep-size", str(layout.ep)],
+    }[layout.plan]
+    if _is_padded(assessed) and any(b.engine == "SGLang" and b.outcome != "runs" for b in assessed.stock):
+        slices = max(layout.slices, layout.attention_ranks)
+        note = f"first: ep2tp reshard {shlex.quote(model)} PADDED --tp {slices}, then serve PADDED"
+        model = "PADDED"
+    command = ("python", "-m", "sglang.launch_server", "--model-path", model, *sizes)
+    return Launch(variables, (*command, "--context-length", str(question.context), *flags), note)
+
+
+def _servable(source: str) -> str:
+    """What an engine is given: a config.json stands for its folder, another file for a model to be filled in."""
+    path = Path(source)
+    if not path.is_file():
+        return source
+    return str(path.parent) if path.name == "config.json" else "MODEL"
+
+
+def _keeps_ep(layout: Layout) -> bool:
+    return layout.plan in ("TEP", "DEP")
+
+
+def _is_padded(assessed: Assessment) -> bool:
+    return assessed.plan is not None and assessed.plan.is_padded

@@ -1,0 +1,131 @@
+"""Finds the model to plan for: a folder, a config.json, or a hub id, of which only small files and headers are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ep2tp.checkpoint.header import StoredTensor, parse_json
+from ep2tp.checkpoint.hub import HubSource
+from ep2tp.checkpoint.source import LocalSource, Source
+from ep2tp.errors import CheckpointError, Ep2tpError, ModelError
+from ep2tp.model.facts import ModelFacts
+from ep2tp.model.families import load_families
+from ep2tp.model.locate import facts_of
+from ep2tp.planner.inventory import Inventory, inventory_from_config, inventory_from_tensors
+from ep2tp.settings import Settings
+
+
+def load_model(model: str, revision: str | None = None) -> tuple[ModelFacts, Inventory]:
+    """The facts of a model and what its weights weigh.
+
+    Sizes are exact where safetensors headers can be read (a folder that holds weights, a hub model), and computed from
+    the config where there is nothing else.
+
+    Args:
+        model: a checkpoint folder, a config.json under any name, or a hub id.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        ModelError, PatchError: no such model, no experts, or no patch for it.
+        CheckpointError: a file of the checkpoint is damaged, or the hub does not answer.
+    """
+    path = Path(model)
+    if path.is_file():
+        return _computed(_config(path, _read(path)), model)
+    if path.is_dir():
+        source = LocalSource(path)
+        config = _described(source)
+        has_weights = any(path.glob("*.safetensors"))
+        return _exact(config, model, _tensors(source)) if has_weights else _computed(config, model)
+    from huggingface_hub import try_to_load_from_cache
+
+    if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise ModelError(f"{model}: no such file or folder, and not a hub id (owner/name)")
+    try:
+        hub = HubSource(model, revision, Path())
+    except CheckpointError:
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            raise
+        return _computed(_described(LocalSource(Path(cached).parent)), model)
+    config = _described(hub)
+    has_weights = any(name.endswith(".safetensors") for name in hub.sizes)
+    return _exact(config, model, _tensors(hub)) if has_weights else _computed(config, model)
+
+
+def _computed(config: dict[str, Any], model: str) -> tuple[ModelFacts, Inventory]:
+    facts = _facts(config, model)
+    with _field_errors(model):
+        return facts, inventory_from_config(facts)
+
+
+def _exact(config: dict[str, Any], model: str, tensors: Iterator[StoredTensor]) -> tuple[ModelFacts, Inventory]:
+    facts = _facts(config, model)
+    with _field_errors(model):
+        inventory = inventory_from_tensors(facts, tensors)
+    if not inventory.expert:
+        raise CheckpointError(
+            f"{model}: no tensor is named like the experts of patch {facts.family.name!r}; the patch does not fit this "
+            "checkpoint (ep2tp patches --model shows the names)"
+        )
+    return facts, inventory
+
+
+def _facts(config: dict[str, Any], model: str) -> ModelFacts:
+    settings = Settings.from_environment()
+    facts = facts_of(config, model, load_families(settings.patches, settings.patch_path))
+    if facts.top_k > facts.experts:
+        raise ModelError(f"{model}: config.json has {facts.experts} experts, of which a token uses {facts.top_k}")
+    if not isinstance(facts.vocabulary, int | None):
+        raise ModelError(f"{model}: config.json has vocab_size={facts.vocabulary!r}; expected a number")
+    return facts
+
+
+@contextmanager
+def _field_errors(model: str) -> Iterator[None]:
+    """A config is not trusted: a field of the wrong type or length is the config's error, not ep2tp's."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, Ep2tpError):
+            raise
+        raise ModelError(
+            f"{model}: config.json contradicts itself about its layers or attention ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _tensors(source: Source) -> Iterator[StoredTensor]:
+    for _, origins, _ in source.files():
+        yield from (origin.tensor for origin in origins)
+
+
+def _described(source: Source) -> dict[str, Any]:
+    """config.json, with ModelOpt's hf_quant_config.json where it says nothing about quantisation itself."""
+    label = Path(source.label)
+    text = source.read_text("config.json")
+    if text is None:
+        raise ModelError(f"{source.label}: has no config.json; name a folder or hub model with one")
+    config = _config(label / "config.json", text)
+    quantization = source.read_text("hf_quant_config.json")
+    if "quantization_config" in config or quantization is None:
+        return config
+    return config | {
+        "quantization_config": {"quant_method": "modelopt"} | parse_json(label / "hf_quant_config.json", quantization)
+    }
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from None
+
+
+def _config(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        return parse_json(path, text)
+    except CheckpointError as error:
+        raise ModelError(f"{error}; name a Hugging Face config.json") from None

@@ -1,0 +1,396 @@
+"""TP, TEP and DEP on real GPUs under each kind of link, beside what ``ep2tp plan`` computes for them.
+
+    ep_vs_tp.py --out results.jsonl                         two GPUs, within --budget seconds
+    ep_vs_tp.py --out results.jsonl --links host --launches TEP-rewritten,DEP-rewritten
+    ep_vs_tp.py --out results.jsonl --dry-run               a tiny model on this CPU: does the harness itself work?
+
+Launches: TP, TEP, DEP as stock vLLM runs them (EP2TP=off), and the TEP and DEP command lines rewritten by ep2tp
+(EP2TP=on). Links: nvlink (NCCL as it comes), host (NCCL_P2P_DISABLE=1), socket (NCCL_SHM_DISABLE=1 too); the last two
+without vLLM's custom all-reduce. Models have DeepSeek-V3's shape with fewer layers and random weights; routing is
+uniform (VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random), as the planner assumes.
+
+One JSON line for the machine, one for each link's calibration, one for each launch and link. A launch that fails or
+hangs is a line with its error, and the rest goes on. Launches that --budget leaves no time for are lines, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ep2tp.demo.launch import CPU_ENVIRONMENT, EngineRun
+from ep2tp.errors import Ep2tpError
+from ep2tp.planner.calibrate import calibrate
+from ep2tp.planner.compare import Assessment, Question, assess
+from ep2tp.planner.layouts import Layout
+from ep2tp.planner.links import built_in
+from ep2tp.planner.machine import choose_gpu
+from ep2tp.planner.memory import GB
+from ep2tp.planner.profile import Profile
+from ep2tp.planner.source import load_model
+
+HERE = Path(__file__).parent
+LINKS: dict[str, dict[str, str]] = {
+    "nvlink": {},
+    "host": {"NCCL_P2P_DISABLE": "1"},
+    "socket": {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
+}
+LAUNCHES = ("TP", "TEP", "DEP", "TEP-rewritten", "DEP-rewritten")
+_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "vocab_size": 129280,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+_FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
+MODELS: dict[str, dict[str, Any]] = {
+    "v3-fp8": {**_V3, "num_hidden_layers": 9, "n_routed_experts": 256, "quantization_config": _FP8},
+    "v3-bf16": {**_V3, "num_hidden_layers": 8, "n_routed_experts": 128},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine to time."""
+
+    launch: str
+    link: str
+    ranks: int
+
+    @property
+    def layout(self) -> Layout:
+        """The plan that runs: a rewritten launch is TP."""
+        n = self.ranks
+        plans = {"TEP": Layout("TEP", tp=n, ep=n), "DEP": Layout("DEP", ep=n, dp=n)}
+        return plans.get(self.launch, Layout("TP", tp=n))
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """The parallel arguments of the launch."""
+        sizes: dict[str, Any] = {"tensor_parallel_size": self.ranks}
+        if self.launch.startswith("DEP"):
+            sizes = {"tensor_parallel_size": 1, "data_parallel_size": self.ranks}
+        if self.launch != "TP":
+            sizes["enable_expert_parallel"] = True
+        if self.link != "nvlink":
+            sizes["disable_custom_all_reduce"] = True
+        return sizes
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the engine's process."""
+        return {
+            **LINKS.get(self.link, {}),
+            "EP2TP": "on" if self.launch.endswith("rewritten") else "off",
+            "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random",
+            "VLLM_USE_V2_MODEL_RUNNER": "0",  # the same runner for every launch
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
+
+
+def main() -> None:
+    """Run the selection."""
+    options = _options()
+    with tempfile.TemporaryDirectory(prefix="ep-vs-tp-") as folder, options.out.open("a", encoding="utf-8") as out:
+        Harness(options, Path(folder), out).run()
+
+
+class Harness:
+    """Runs the cases one after the other, and writes a line for each."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, out: Any) -> None:
+        self.options, self.folder, self.out = options, folder, out
+        self.deadline = time.monotonic() + options.budget
+        self.logs = options.logs or folder
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.model = self._write_model()
+
+    def run(self) -> None:
+        """All of it."""
+        self._line(kind="machine", command=sys.argv, model=self.options.model, **_machine())
+        profiles = {link: self._calibrate(link) for link in self.options.links}
+        order = [c for c in LAUNCHES if c in self.options.launches and not c.endswith("rewritten")]
+        cases = [Case(launch, link, self.options.ranks) for link in self.options.links for launch in order]
+        late = [c for c in LAUNCHES if c in self.options.launches and c.endswith("rewritten")]
+        links = sorted(self.options.links, key=lambda link: link != "host")  # where it matters first
+        cases += [Case(launch, link, self.options.ranks) for link in links for launch in late]
+        for case in cases:
+            self._run_case(case, profiles[case.link])
+
+    def _write_model(self) -> Path:
+        folder = self.folder / "model"
+        folder.mkdir()
+        if self.options.dry_run:
+            from ep2tp.demo.tiny import TinyModel
+
+            return TinyModel(heads=8).write(folder)
+        config = MODELS[self.options.model]
+        if self.options.layers:
+            config = {**config, "num_hidden_layers": self.options.layers}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return folder
+
+    def _calibrate(self, link: str) -> Profile | None:
+        if not self.options.calibrate:
+            return None
+        before = dict(os.environ)
+        os.environ.update(LINKS.get(link, {}))
+        path = self.logs / f"profile-{link}.json"
+        try:
+            profile = calibrate(self.options.ranks, path, 90)
+        except Ep2tpError as error:
+            self._line(kind="calibration", link=link, error=str(error))
+            return None
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        self._line(kind="calibration", link=link, profile=json.loads(path.read_text(encoding="utf-8")))
+        return profile
+
+    def _run_case(self, case: Case, profile: Profile | None) -> None:
+        """Time a launch; where it fails with CUDA graphs, once more without."""
+        is_eager = self.options.eager or self.options.dry_run
+        if not self._attempt(case, profile, is_eager) and not is_eager:
+            self._attempt(case, profile, True)
+
+    def _attempt(self, case: Case, profile: Profile | None, is_eager: bool) -> bool:
+        """Whether there is no more to be tried: it was timed, or ran out of time."""
+        shared = {"kind": "launch", "launch": case.launch, "link": case.link, "ranks": case.ranks}
+        shared |= {"cuda_graphs": not is_eager}
+        limit = min(self.options.limit, self.deadline - time.monotonic())
+        if limit < self.options.least:
+            self._line(**shared, error=f"not started: {limit:.0f} s of the budget were left")
+            return True
+        request = {
+            "engine": {**self._engine(is_eager), **case.engine},
+            "batches": self.options.batches,
+            "repeats": self.options.repeats,
+            "prompt": self.options.prompt,
+            "steps": self.options.steps,
+            "prefill": self.options.prefill,
+            "vocabulary": json.loads((self.model / "config.json").read_text(encoding="utf-8"))["vocab_size"],
+        }
+        start = time.monotonic()
+        status, log, result = self._start(case, request, limit)
+        shared |= {"seconds": round(time.monotonic() - start, 1), "engine": case.engine}
+        if result is None:
+            self._line(**shared, error=_failure(status, log), log_tail=log[-1500:])
+            return status == -signal.SIGALRM
+        found = re.search(r"Model loading took ([\d.]+) GiB", log)
+        reported = round(float(found[1]) * 1024**3 / GB, 3) if found else None
+        result["weights_gb"] = reported or round(max(result["parameter_bytes"]) / GB, 3)
+        self._line(**shared, **result, planner=self._planner(case, profile, result))
+        return True
+
+    def _engine(self, is_eager: bool) -> dict[str, Any]:
+        shared: dict[str, Any] = {
+            "model": str(self.model),
+            "skip_tokenizer_init": True,
+            "load_format": "dummy",
+            "enable_prefix_caching": False,
+            "max_model_len": self.options.prefill + 64,
+            "max_num_seqs": max(self.options.batches),
+            "max_num_batched_tokens": max(self.options.prefill + 64, 2048),
+            "worker_extension_cls": "ep_vs_tp_engine.ParameterBytes",
+        }
+        if self.options.dry_run:
+            return {**shared, "dtype": "bfloat16", "enforce_eager": True, "distributed_executor_backend": "mp"}
+        batches = self.options.batches  # of all ranks, and of one where they are data parallel
+        sizes = sorted({*batches, *(-(-batch // self.options.ranks) for batch in batches)})
+        graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+        gpu = {"gpu_memory_utilization": 0.85, "moe_backend": "triton", "disable_log_stats": True}
+        return {**shared, **gpu, **({"enforce_eager": True} if is_eager else {"compilation_config": graphs})}
+
+    def _start(self, case: Case, request: dict[str, Any], limit: float) -> tuple[int, str, dict[str, Any] | None]:
+        name = f"{case.launch}-{case.link}"
+        asked, answer, log = (self.logs / f"{name}.{kind}" for kind in ("request.json", "result.json", "log"))
+        asked.write_text(json.dumps(request), encoding="utf-8")
+        answer.unlink(missing_ok=True)
+        environment = os.environ | case.environment
+        if self.options.routing == "model":
+            del environment["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"]
+        if self.options.dry_run:
+            environment |= CPU_ENVIRONMENT
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, str(HERE / "ep_vs_tp_engine.py"), str(asked), str(answer)],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+            try:
+                status = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                status = -signal.SIGALRM
+            finally:
+                _end_group(process)
+        text = log.read_text(encoding="utf-8", errors="replace")
+        is_done = answer.is_file()  # written last; an engine that hangs while it ends has answered all the same
+        return status, text, json.loads(answer.read_text(encoding="utf-8")) if is_done else None
+
+    def _planner(self, case: Case, profile: Profile | None, result: dict[str, Any]) -> dict[str, Any]:
+        """The planner's figures and their error, with the built-in link and with the one just measured."""
+        facts, inventory = load_model(str(self.model / "config.json"))
+        gpu = choose_gpu(None, None)
+        batches = tuple(self.options.batches)
+        context = self.options.prompt + sum(self.options.steps) // 2
+        link = built_in()[case.link] if case.link in built_in() else built_in()["host"]
+        question = Question(facts, inventory, case.ranks, gpu, link, batches, context, self.options.prefill)
+        figures = {"built_in": _figures(assess(question, case.layout), result)}
+        if profile is not None:
+            measured = replace(gpu, bandwidth=profile.bandwidth or gpu.bandwidth)
+            question = replace(question, link=profile.link, gpu=measured)
+            figures["calibrated"] = _figures(assess(question, case.layout), result)
+        return figures
+
+    def _line(self, **values: Any) -> None:
+        text = json.dumps(values)
+        print(text if len(text) < 600 else text[:600] + " ...", flush=True)
+        print(text, file=self.out, flush=True)
+
+
+def _figures(assessed: Assessment, result: dict[str, Any]) -> dict[str, Any]:
+    """Computed figures, each with its error: computed over measured, less one."""
+    weights = assessed.weights.total / GB
+    return {
+        "weights_gb": round(weights, 3),
+        "weights_error": _error(weights, result["weights_gb"]),
+        "decode": {
+            batch: {"ms": round(step.total, 4), **_parts(step), "error": _error(step.total, found["ms"])}
+            for (batch, found), step in zip(result["decode"].items(), assessed.decode.values(), strict=True)
+        },
+        "prefill": {
+            "ms": round(assessed.prefill.total, 4),
+            **_parts(assessed.prefill),
+            "error": _error(assessed.prefill.total, result["prefill"]["ms"]),
+        },
+    }
+
+
+def _parts(step: Any) -> dict[str, float]:
+    return {part: round(value, 4) for part, value in vars(step).items()}
+
+
+def _error(computed: float, measured: float) -> float | None:
+    return round(computed / measured - 1, 4) if measured > 0 else None
+
+
+def _failure(status: int, log: str) -> str:
+    """The reason of a failed engine in one line."""
+    if status == -signal.SIGALRM:
+        return "ended after its time limit"
+    reason = EngineRun(max(status, 1), None, log, 0.0).failure
+    if "Worker failed" in reason and (bare := re.search(r"\b\w+Error$", log, re.MULTILINE)):
+        reason = bare.group()  # an error without a message
+    return reason[:500]
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End workers that an engine leaves behind."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _machine() -> dict[str, Any]:
+    def output(*command: str) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return str(error)
+
+    return {
+        "when": time.strftime("%Y-%m-%dT%H:%MZ", time.gmtime()),
+        "python": sys.version.split()[0],
+        "gpus": output("nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv"),
+        "topology": output("nvidia-smi", "topo", "-m"),
+        "processors": os.cpu_count(),
+    }
+
+
+def _names(allowed: tuple[str, ...]) -> Any:
+    def parse(text: str) -> list[str]:
+        found = text.split(",")
+        if unknown := set(found) - set(allowed):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: use {', '.join(allowed)}")
+        return found
+
+    return parse
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines; appended to")
+    parser.add_argument("--logs", type=Path, help="folder for engine logs (default: thrown away)")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--model", choices=sorted(MODELS), default="v3-fp8")
+    parser.add_argument("--layers", type=int, help="layers of the model, the first one dense")
+    parser.add_argument("--launches", type=_names(LAUNCHES), default=list(LAUNCHES))
+    parser.add_argument("--links", type=_names((*LINKS, "gloo")), default=list(LINKS))
+    parser.add_argument("--batches", type=_numbers, default=[1, 4, 16, 64])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a decoded request's prompt")
+    parser.add_argument("--steps", type=_numbers, default=[16, 80], help="tokens of the short and the long generation")
+    parser.add_argument("--prefill", type=int, default=2048)
+    parser.add_argument("--routing", choices=["uniform", "model"], default="uniform", help="model: the router's own")
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
+    parser.add_argument("--no-calibrate", dest="calibrate", action="store_false")
+    parser.add_argument("--budget", type=float, default=420, help="seconds for everything")
+    parser.add_argument("--limit", type=float, default=150, help="seconds for one launch")
+    parser.add_argument("--least", type=float, default=40, help="seconds below which no launch is started")
+    parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU; figures mean nothing")
+    options = parser.parse_args()
+    if options.dry_run:
+        options.routing = "model"  # the simulator's int64 indices do not suit vLLM's CPU kernel
+        options.links, options.batches, options.repeats = ["gloo"], [b for b in options.batches if b <= 4], 2
+        options.steps, options.prefill = [4, 12], 64
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The verdict on cases whose answer is known, in both directions."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from ep2tp.commands.rewrite import rewrite_command
+from ep2tp.planner.advise import Verdict, advise
+from ep2tp.planner.compare import Question, assess_all
+from tests.planner.models import assessed
+
+
+def verdict(name: str, form: str, gpus: int, gpu: str, link: str, **more: object) -> tuple[Question, Verdict]:
+    question, plans = assessed(name, form, gpus, gpu, link, **more)
+    return question, advise(question, list(plans.values()))
+
+
+def test_tp_wins_at_batch_1_without_nvlink() -> None:
+    _, found = verdict("DeepSeek-V2", "bf16", 8, "RTX PRO 6000", "pcie5", batches=(1,), context=2048)
+    assert found.best is not None
+    assert found.best.layout.plan == "TP"
+    assert not found.ep_is_better
+    assert any("TEP 8 takes" in reason and "busiest rank" in reason for reason in found.reasons)
+
+
+def test_ep_wins_with_a_latent_cache_nvlink_and_a_large_batch() -> None:
+    _, found = verdict("DeepSeek-V3/R1/V3.1", "fp8_block128", 8, "H200", "nvlink", batches=(256,), context=8192)
+    assert found.best is not None
+    assert found.best.layout.plan == "DEP"
+    assert found.ep_is_better
+    assert not found.ep_is_unavoidable
+    assert any("hold and read the same KV cache" in reason for reason in found.reasons)
+
+
+def test_the_batch_from_which_ep_wins_is_named() -> None:
+    _, small = verdict("DeepSeek-V3/R1/V3.1", "fp8_block128", 8, "H200", "nvlink", batches=(1,), context=8192)
+    assert not small.ep_is_better
+    [found] = [reason for reason in small.reasons if "becomes the better plan from about batch" in reason]
+    batch = int(found.split("batch ")[1].split()[0])
+    _, large = verdict("DeepSeek-V3/R1/V3.1", "fp8_block128", 8, "H200", "nvlink", batches=(batch,), context=8192)
+    assert large.ep_is_better
+    _, never = verdict("Llama-4-Maverick", "fp8_channel", 8, "H100", "nvlink", batches=(1,), context=1024)
+    assert any("clearly faster up to batch 1024" in reason for reason in never.reasons)
+
+
+def test_ep_is_unavoidable_where_heads_do_not_divide() -> None:
+    question, plans = assessed("GLM-4.7-Flash", "bf16", 8, "RTX 5090", "pcie5")
+    whole = [plans[name] for name in ("TP 8", "TEP 8", "DEP 8")]  # without the stages that would run, too
+    found = advise(question, whole)
+    assert found.best is not None
+    assert (found.best.layout.plan, found.ep_is_unavoidable) == ("DEP", True)
+    assert any("unavoidable" in reason for reason in found.reasons)
+    assert any("TP 8 cannot run" in reason and "20 attention heads" in reason for reason in found.reasons)
+
+
+def test_ep_is_unavoidable_where_padding_does_not_fit() -> None:
+    """Padding doubles Qwen3-Next's experts over 8 ranks: slices of 64 in blocks of 128."""
+    question, plans = assessed("Qwen3-Next-80B", "fp8_block128", 8, "L4", "pcie5", context=1024)
+    question = replace(question, gpu=replace(question.gpu, memory_gb=19))
+    plans = {str(a.layout): a for a in assess_all(question)}
+    assert (plans["TP 8"].fits, plans["TEP 8"].fits) == (False, True)
+    found = advise(question, [plans["TP 8"], plans["TEP 8"]])
+    assert found.best is plans["TEP 8"]
+    assert found.ep_is_unavoidable
+    assert any("TP 8 does not fit" in reason for reason in found.reasons)
+
+
+def test_nothing_fits() -> None:
+    _, found = verdict("DeepSeek-V3/R1/V3.1", "fp8_block128", 2, "RTX 5090", "pcie5")
+    assert found.best is None
+    assert found.commands == {}
+    assert "No plan fits" in found.reasons[0]
+    assert "more GPUs" in found.reasons[0]
+
+
+def test_a_batch_that_the_cache_does_not_hold_does_not_win() -> None:
+    question, plans = assessed("DeepSeek-V3/R1/V3.1", "fp8_block128", 16, "RTX PRO 6000", "host", batches=(256,))
+    assert not plans["TP 16"].holds(256)
+    found = advise(question, list(plans.values()))
+    assert found.best is not None
+    assert found.best.holds(256)
+
+
+@pytest.mark.parametrize("plan", ["TP 4", "TEP 4", "DEP 4", "TPxPP 2x2", "TPxEP 2x2"])
+@pytest.mark.parametrize("link", ["nvlink", "pcie5", "host", "socket"])
+def test_commands_mean_the_plan_that_they_are_for(plan: str, link: str) -> None:
+    """ep2tp's own rewriter reads the parallel sizes of every command back."""
+    question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 4, "RTX PRO 6000", link)
+    found = advise(question, [plans[plan]]).commands
+    layout = plans[plan].layout
+    for engine, launch in found.items():
+        if not launch.command:
+            assert (plan, engine) == ("TPxEP 2x2", "vllm")
+            continue
+        words = shlex.split(str(launch))
+        command = words[next(i for i, word in enumerate(words) if "=" not in word) :]
+        rewritten = rewrite_command(tuple(command), None)
+        assert bool(rewritten.changes) == layout.holds_whole_experts
+        assert rewritten.gpus == layout.stage_ranks
+        assert ("--disable-custom-all-reduce" in words) == (link in ("host", "socket"))
+        assert any(word.startswith("NCCL_") for word in words) == (link != "nvlink")
+
+
+def test_sglang_is_given_a_padded_checkpoint_where_it_would_refuse_the_original() -> None:
+    question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 4)
+    launches = advise(question, [plans["TP 4"]]).commands
+    assert "ep2tp reshard" in launches["sglang"].note
+    assert "PADDED" in launches["sglang"].command
+    question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 2)
+    assert "reshard" not in advise(question, [plans["TP 2"]]).commands["sglang"].note
