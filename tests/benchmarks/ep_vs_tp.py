@@ -128,6 +128,56 @@ class Case:
         }
 
 
+@dataclass
+class Engine:
+    """An engine in a process of its own: it starts, says so, waits for its turn, and is timed."""
+
+    case: Case
+    process: subprocess.Popen[bytes]
+    logs: Path
+    is_eager: bool
+    started: float
+
+    @classmethod
+    def start(
+        cls, case: Case, logs: Path, request: dict[str, Any], environment: dict[str, str], is_eager: bool
+    ) -> Engine:
+        """Start it; its files are in ``logs``, named after the case."""
+        stem = logs / f"{case.launch}-{case.link}"
+        for kind in ("ready", "go", "result.json"):
+            Path(f"{stem}.{kind}").unlink(missing_ok=True)
+        Path(f"{stem}.request.json").write_text(json.dumps(request), encoding="utf-8")
+        with Path(f"{stem}.log").open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, str(HERE / "ep_vs_tp_engine.py"), str(stem)],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+        return cls(case, process, logs, is_eager, time.monotonic())
+
+    def path(self, kind: str) -> Path:
+        """One of its files."""
+        return self.logs / f"{self.case.launch}-{self.case.link}.{kind}"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it waits for its turn, or has ended."""
+        return self.path("ready").is_file() or self.process.poll() is not None
+
+    def time_it(self, until: float) -> int:
+        """Give it its turn; returns when it is timed, has failed, or takes too long (-SIGALRM)."""
+        self.path("go").touch()
+        while not self.path("result.json").is_file():  # an engine that hangs while it ends has answered all the same
+            if self.process.poll() is not None:
+                return self.process.returncode
+            if time.monotonic() > until:
+                return -signal.SIGALRM
+            time.sleep(0.2)
+        return 0
+
+
 def main() -> None:
     """Run the selection."""
     options = _options()
@@ -154,8 +204,8 @@ class Harness:
         late = [c for c in LAUNCHES if c in self.options.launches and c.endswith("rewritten")]
         links = sorted(self.options.links, key=lambda link: link != "host")  # where it matters first
         cases += [Case(launch, link, self.options.ranks) for link in links for launch in late]
-        for case in cases:
-            self._run_case(case, profiles[case.link])
+        for first in range(0, len(cases), self.options.together):
+            self._run_cases(cases[first : first + self.options.together], profiles, self.options.eager)
 
     def _write_model(self) -> Path:
         folder = self.folder / "model"
@@ -187,39 +237,38 @@ class Harness:
         self._line(kind="calibration", link=link, profile=json.loads(path.read_text(encoding="utf-8")))
         return profile
 
-    def _run_case(self, case: Case, profile: Profile | None) -> None:
-        """Time a launch; where it fails with CUDA graphs, once more without."""
-        is_eager = self.options.eager or self.options.dry_run
-        if not self._attempt(case, profile, is_eager) and not is_eager:
-            self._attempt(case, profile, True)
-
-    def _attempt(self, case: Case, profile: Profile | None, is_eager: bool) -> bool:
-        """Whether there is no more to be tried: it was timed, or ran out of time."""
-        shared = {"kind": "launch", "launch": case.launch, "link": case.link, "ranks": case.ranks}
-        shared |= {"cuda_graphs": not is_eager}
+    def _run_cases(self, cases: list[Case], profiles: dict[str, Profile | None], is_eager: bool) -> None:
+        """Start several engines at once, time one after the other; what fails with CUDA graphs, once more without."""
         limit = min(self.options.limit, self.deadline - time.monotonic())
         if limit < self.options.least:
-            self._line(**shared, error=f"not started: {limit:.0f} s of the budget were left")
-            return True
-        request = {
-            "engine": {**self._engine(is_eager), **case.engine},
-            "batches": self.options.batches,
-            "repeats": self.options.repeats,
-            "prompt": self.options.prompt,
-            "steps": self.options.steps,
-            "prefill": self.options.prefill,
-            "vocabulary": json.loads((self.model / "config.json").read_text(encoding="utf-8"))["vocab_size"],
-        }
-        start = time.monotonic()
-        status, log, result = self._start(case, request, limit)
-        shared |= {"seconds": round(time.monotonic() - start, 1), "engine": case.engine}
-        if result is None:
+            for case in cases:
+                self._line(kind="launch", **vars(case), error=f"not started: {limit:.0f} s of the budget were left")
+            return
+        is_eager = is_eager or self.options.dry_run
+        engines = [self._start(case, is_eager) for case in cases]
+        until = time.monotonic() + limit
+        while not all(engine.is_ready for engine in engines) and time.monotonic() < until:
+            time.sleep(0.2)
+        failed = [engine.case for engine in engines if not self._finish(engine, profiles[engine.case.link], until)]
+        for engine in engines:
+            _end_group(engine.process)
+        if failed and not is_eager and time.monotonic() < until:
+            self._run_cases(failed, profiles, True)
+
+    def _finish(self, engine: Engine, profile: Profile | None, until: float) -> bool:
+        """Let an engine be timed, and write its line; whether it was."""
+        status = engine.time_it(max(until, time.monotonic() + 30))
+        log = engine.path("log").read_text(encoding="utf-8", errors="replace")
+        shared = {"kind": "launch", **vars(engine.case), "cuda_graphs": not engine.is_eager}
+        shared |= {"seconds": round(time.monotonic() - engine.started, 1), "engine": engine.case.engine}
+        if not engine.path("result.json").is_file():
             self._line(**shared, error=_failure(status, log), log_tail=log[-1500:])
-            return status == -signal.SIGALRM
+            return False
+        result = json.loads(engine.path("result.json").read_text(encoding="utf-8"))
         found = re.search(r"Model loading took ([\d.]+) GiB", log)
         reported = round(float(found[1]) * 1024**3 / GB, 3) if found else None
         result["weights_gb"] = reported or round(max(result["parameter_bytes"]) / GB, 3)
-        self._line(**shared, **result, planner=self._planner(case, profile, result))
+        self._line(**shared, **result, planner=self._planner(engine.case, profile, result))
         return True
 
     def _engine(self, is_eager: bool) -> dict[str, Any]:
@@ -228,7 +277,7 @@ class Harness:
             "skip_tokenizer_init": True,
             "load_format": "dummy",
             "enable_prefix_caching": False,
-            "max_model_len": self.options.prefill + 64,
+            "max_model_len": max(self.options.prefill + 64, self.options.prompt + self.options.steps),
             "max_num_seqs": max(self.options.batches),
             "max_num_batched_tokens": max(self.options.prefill + 64, 2048),
             "worker_extension_cls": "ep_vs_tp_engine.ParameterBytes",
@@ -238,43 +287,34 @@ class Harness:
         batches = self.options.batches  # of all ranks, and of one where they are data parallel
         sizes = sorted({*batches, *(-(-batch // self.options.ranks) for batch in batches)})
         graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
-        gpu = {"gpu_memory_utilization": 0.85, "moe_backend": "triton", "disable_log_stats": True}
+        memory = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 1 << 30}  # several engines share the GPUs
+        gpu = {**memory, "moe_backend": "triton", "disable_log_stats": True}
         return {**shared, **gpu, **({"enforce_eager": True} if is_eager else {"compilation_config": graphs})}
 
-    def _start(self, case: Case, request: dict[str, Any], limit: float) -> tuple[int, str, dict[str, Any] | None]:
-        name = f"{case.launch}-{case.link}"
-        asked, answer, log = (self.logs / f"{name}.{kind}" for kind in ("request.json", "result.json", "log"))
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        answer.unlink(missing_ok=True)
+    def _start(self, case: Case, is_eager: bool) -> Engine:
+        request = {
+            "engine": {**self._engine(is_eager), **case.engine},
+            "batches": self.options.batches,
+            "repeats": self.options.repeats,
+            "prompt": self.options.prompt,
+            "skipped": self.options.steps // 8,
+            "steps": self.options.steps,
+            "prefill": self.options.prefill,
+            "vocabulary": json.loads((self.model / "config.json").read_text(encoding="utf-8"))["vocab_size"],
+        }
         environment = os.environ | case.environment
         if self.options.routing == "model":
             del environment["VLLM_MOE_ROUTING_SIMULATION_STRATEGY"]
         if self.options.dry_run:
             environment |= CPU_ENVIRONMENT
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [sys.executable, str(HERE / "ep_vs_tp_engine.py"), str(asked), str(answer)],
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-            try:
-                status = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                status = -signal.SIGALRM
-            finally:
-                _end_group(process)
-        text = log.read_text(encoding="utf-8", errors="replace")
-        is_done = answer.is_file()  # written last; an engine that hangs while it ends has answered all the same
-        return status, text, json.loads(answer.read_text(encoding="utf-8")) if is_done else None
+        return Engine.start(case, self.logs, request, environment, is_eager)
 
     def _planner(self, case: Case, profile: Profile | None, result: dict[str, Any]) -> dict[str, Any]:
         """The planner's figures and their error, with the built-in link and with the one just measured."""
         facts, inventory = load_model(str(self.model / "config.json"))
         gpu = choose_gpu(None, None)
         batches = tuple(self.options.batches)
-        context = self.options.prompt + sum(self.options.steps) // 2
+        context = self.options.prompt + self.options.steps // 2
         link = built_in()[case.link] if case.link in built_in() else built_in()["host"]
         question = Question(facts, inventory, case.ranks, gpu, link, batches, context, self.options.prefill)
         figures = {"built_in": _figures(assess(question, case.layout), result)}
@@ -373,9 +413,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--launches", type=_names(LAUNCHES), default=list(LAUNCHES))
     parser.add_argument("--links", type=_names((*LINKS, "gloo")), default=list(LINKS))
     parser.add_argument("--batches", type=_numbers, default=[1, 4, 16, 64])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--together", type=int, default=3, help="engines started at once; they are timed in turn")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a decoded request's prompt")
-    parser.add_argument("--steps", type=_numbers, default=[16, 80], help="tokens of the short and the long generation")
+    parser.add_argument("--steps", type=int, default=512, help="tokens of a generation; the first eighth is not timed")
     parser.add_argument("--prefill", type=int, default=2048)
     parser.add_argument("--routing", choices=["uniform", "model"], default="uniform", help="model: the router's own")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
@@ -388,7 +429,7 @@ def _options() -> argparse.Namespace:
     if options.dry_run:
         options.routing = "model"  # the simulator's int64 indices do not suit vLLM's CPU kernel
         options.links, options.batches, options.repeats = ["gloo"], [b for b in options.batches if b <= 4], 2
-        options.steps, options.prefill = [4, 12], 64
+        options.steps, options.prefill, options.together = 16, 64, 1
     return options
 
 

@@ -1,7 +1,9 @@
-"""One vLLM engine, timed: ``ep_vs_tp_engine.py REQUEST.json RESULT.json``, started by ep_vs_tp.py.
+"""One vLLM engine, timed: ``ep_vs_tp_engine.py STEM``, started by ep_vs_tp.py.
 
-A decode step's time is the difference of two generations of the same requests, one longer than the other, over the
-difference of their lengths: start-up, prefill and the way to and from the engine cancel out.
+Reads STEM.request.json, writes STEM.ready once the engine stands, waits for STEM.go, writes STEM.result.json.
+
+A decode step's time is the steady time between tokens: of each request, from the last token that is skipped to the last
+one, over the tokens between; the mean over the requests of a batch. Start-up and prefill do not enter.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ class ParameterBytes:
         return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-async def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Start the engine and time it."""
+async def measure(stem: str) -> dict[str, Any]:
+    """Start the engine, wait for its turn, and time it."""
     import torch
     import vllm
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    request = json.loads(Path(f"{stem}.request.json").read_text(encoding="utf-8"))
     start = time.monotonic()
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**request["engine"]))
     parallel = engine.vllm_config.parallel_config
@@ -46,6 +49,9 @@ async def measure(request: dict[str, Any]) -> dict[str, Any]:
         "start_seconds": round(time.monotonic() - start, 1),
         "parameter_bytes": await engine.collective_rpc("parameter_bytes"),
     }
+    Path(f"{stem}.ready").touch()
+    while not Path(f"{stem}.go").exists():
+        await asyncio.sleep(0.1)
     timer = Timer(engine, request, parallel.data_parallel_size)
     result["decode"] = {str(batch): await timer.decode(batch) for batch in request["batches"]}
     result["prefill"] = await timer.prefill(request["prefill"])
@@ -61,44 +67,44 @@ class Timer:
         self.chance, self.number = random.Random(0), 0
 
     async def decode(self, batch: int) -> dict[str, Any]:
-        """Milliseconds of a decode step at a batch: median, least and most over the repetitions."""
-        short, long = self.request["steps"]
-        await self._generate(batch, self.request["prompt"], short)  # warms up kernels and graphs of this size
+        """Milliseconds between tokens at a batch: median, least and most over the repetitions."""
+        skipped, steps = self.request["skipped"], self.request["steps"]
+        await self._generate(batch, self.request["prompt"], 2 * skipped)  # warms up kernels and graphs of this size
         samples = []
         for _ in range(self.request["repeats"]):
-            few = await self._generate(batch, self.request["prompt"], short)
-            many = await self._generate(batch, self.request["prompt"], long)
-            samples.append((many - few) / (long - short) * 1e3)
+            arrivals = await self._generate(batch, self.request["prompt"], steps)
+            between = [(times[-1] - times[skipped]) / (steps - 1 - skipped) for times in arrivals]
+            samples.append(statistics.mean(between) * 1e3)
         return _spread(samples)
 
     async def prefill(self, tokens: int) -> dict[str, Any]:
         """Milliseconds from sending a prompt to its first token."""
-        await self._generate(1, tokens, 1)
-        return _spread([await self._generate(1, tokens, 1) * 1e3 for _ in range(self.request["repeats"])])
+        samples = []
+        for _ in range(self.request["repeats"] + 1):
+            start = time.perf_counter()
+            [[arrival]] = await self._generate(1, tokens, 1)
+            samples.append((arrival - start) * 1e3)
+        return _spread(samples[1:])
 
-    async def _generate(self, batch: int, prompt: int, tokens: int) -> float:
-        """Seconds until ``batch`` requests of the same length are done."""
+    async def _generate(self, batch: int, prompt: int, tokens: int) -> list[list[float]]:
+        """When each token of each of ``batch`` requests of the same length arrived."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         sampling = SamplingParams(
-            temperature=0,
-            max_tokens=tokens,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
         )
         prompts = [[self.chance.randrange(2, self.request["vocabulary"]) for _ in range(prompt)] for _ in range(batch)]
-        start = time.perf_counter()
-        await asyncio.gather(*(self._one(ids, sampling, place) for place, ids in enumerate(prompts)))
-        return time.perf_counter() - start
+        return await asyncio.gather(*(self._one(ids, sampling, place) for place, ids in enumerate(prompts)))
 
-    async def _one(self, ids: list[int], sampling: Any, place: int) -> None:
+    async def _one(self, ids: list[int], sampling: Any, place: int) -> list[float]:
         self.number += 1
         rank = {"data_parallel_rank": place % self.ranks} if self.ranks > 1 else {}
+        arrivals: list[float] = []
         async for output in self.engine.generate({"prompt_token_ids": ids}, sampling, str(self.number), **rank):
-            found = output.outputs[0].token_ids
-        assert len(found) == sampling.max_tokens, "the engine stopped early"
+            arrivals += [time.perf_counter()] * len(output.outputs[0].token_ids)
+        assert len(arrivals) == sampling.max_tokens, "the engine stopped early"
+        return arrivals
 
 
 def _spread(samples: list[float]) -> dict[str, Any]:
@@ -107,5 +113,7 @@ def _spread(samples: list[float]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    measured = asyncio.run(measure(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
-    Path(sys.argv[2]).write_text(json.dumps(measured), encoding="utf-8")
+    measured = asyncio.run(measure(sys.argv[1]))
+    partial = Path(f"{sys.argv[1]}.result.partial")
+    partial.write_text(json.dumps(measured), encoding="utf-8")
+    partial.rename(f"{sys.argv[1]}.result.json")
