@@ -94,7 +94,8 @@ class Conversion:
     def fingerprint(self) -> str:
         """SHA-256 of all that decides the output's bytes, but the values of the weights."""
         headers = {n: hashlib.sha256(h).hexdigest() for job in self.jobs for n, h in job.headers.items()}
-        what = [self.identity, self.layout, self.plan.ranks, headers, self.config.decode(), self.others]
+        source = {key: value for key, value in self.identity.items() if key != "path"}  # machines mount it elsewhere
+        what = [source, self.layout, self.plan.ranks, headers, self.config.decode(), self.others]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 

@@ -13,11 +13,12 @@ from ep2tp.checkpoint.conversion import (
     plan_jobs,
 )
 from ep2tp.checkpoint.deepseek_parts import PartsSource, is_parts
+from ep2tp.checkpoint.earlier import STATE
 from ep2tp.checkpoint.header import parse_json
-from ep2tp.checkpoint.hub import HubSource, download
-from ep2tp.checkpoint.journal import STATE
+from ep2tp.checkpoint.hub import HubSource
+from ep2tp.checkpoint.hub_cache import download
 from ep2tp.checkpoint.reader import INDEX
-from ep2tp.checkpoint.source import LocalSource, Source
+from ep2tp.checkpoint.source import UNREAD, LocalSource, Source
 from ep2tp.errors import CheckpointError, ModelError
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import load_families
@@ -46,7 +47,9 @@ def open_source(
         return PartsSource(folder, config) if is_parts(folder) else LocalSource(folder)
     if folder.is_absolute() or str(source).startswith("."):
         return LocalSource(folder)  # says that there is no such folder
-    return HubSource(str(source), revision, beside / STATE) if stream else LocalSource(download(str(source), revision))
+    if stream:
+        return HubSource(str(source), revision, beside / STATE)
+    return open_source(download(str(source), revision, UNREAD), beside, config=config)
 
 
 def prepare(source: Source, tp: int, layout: Layout) -> Conversion:

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from ep2tp.checkpoint.header import Header
+from ep2tp.checkpoint.hub_cache import blob_folders, model_of
 from ep2tp.checkpoint.origin import Origin
 from ep2tp.checkpoint.reader import INDEX, check_names, checkpoint_files, read_header, read_weight_map
 from ep2tp.errors import CheckpointError
@@ -16,7 +17,9 @@ from ep2tp.errors import CheckpointError
 MAX_TEXT = 100_000_000
 """Bytes that ep2tp reads of a JSON file."""
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
+UNREAD = [*(f"*{suffix}" for suffix in _OTHER_WEIGHTS), "*/*.safetensors"]
+"""Patterns of files that ep2tp neither reads nor carries over; the last is of other copies of a model's weights."""
 
 FileTensors = tuple[str, Sequence[Origin], Mapping[str, str]]
 """(name of the new file, its tensors in the order of their data, its metadata)."""
@@ -67,7 +70,9 @@ class LocalSource:
         self.scratch = 0
 
     def identity(self) -> dict[str, Any]:
-        """The folder, and each weight file's size and time of change."""
+        """The folder, and each weight file's size and time of change; of a model in the hub's cache, its commit."""
+        if model := model_of(self.folder):
+            return dict(model)
         stats = {file.name: file.stat() for file in checkpoint_files(self.folder)}
         return {
             "path": str(self.folder),
@@ -120,10 +125,9 @@ class LocalSource:
         yield self._inside(self.folder / name)
 
     def _inside(self, path: Path) -> Path:
-        """``path``, unless it leads out of the folder. The hub cache links each file to ../../blobs, which is fine."""
+        """``path``, unless it leads out of the folder. The hub's cache links each file to its blobs, which is fine."""
         real = path.resolve()
-        blobs = self.folder.parents[1] / "blobs" if self.folder.parent.name == "snapshots" else self.folder
-        if self.folder not in real.parents and blobs not in real.parents:
+        if not any(root in real.parents for root in (self.folder, *blob_folders(self.folder))):
             raise CheckpointError(f"{path}: leads to {real}, outside of {self.folder}; refused")
         return path
 
@@ -138,4 +142,6 @@ def is_carried(name: str) -> bool:
     path = PurePosixPath(name)
     is_hidden = any(part.startswith(".") for part in path.parts)
     is_ours = name in ("config.json", INDEX, "ep2tp.json")
-    return not (is_hidden or is_ours or path.suffix in _WEIGHT_SUFFIXES or name.endswith(".index.json"))
+    return not (
+        is_hidden or is_ours or path.suffix in (".safetensors", *_OTHER_WEIGHTS) or name.endswith(".index.json")
+    )

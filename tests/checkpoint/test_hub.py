@@ -26,7 +26,7 @@ from ep2tp.checkpoint.reshard import reshard
 peak, out = [0], Path(sys.argv[1])
 def watch():
     while True:
-        peak[0] = max(peak[0], len([p for p in out.rglob("*.safetensors") if ".ep2tp-fetch-" in str(p)]))
+        peak[0] = max(peak[0], len([p for p in out.rglob("*.safetensors") if "/.ep2tp/fetch-" in str(p)]))
         time.sleep(0.001)
 threading.Thread(target=watch, daemon=True).start()
 result = reshard("lab/model", out, tp=4, stream=sys.argv[2] == "stream", revision="v1")
