@@ -79,20 +79,21 @@ def test_overwrite_never_leaves_the_folder(source: Path, tmp_path: Path) -> None
 
 
 def test_interrupted_overwrite(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped after the earlier files are removed: the next one still knows whose the folder is."""
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
     out = tmp_path / "out"
     reshard(source, out, tp=4, layout="ranks")
     (out / "thesis.txt").write_text("all my work")
-
-    def write_file(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(journal, "write_file", write_file)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # the earlier files are removed
+        patch.setattr(journal, "write_file", stop)
         reshard(source, out, tp=2, overwrite=True)
     with pytest.raises(CheckpointError, match="--overwrite"):
         reshard(source, out, tp=2)
-    reshard(source, out, tp=2, overwrite=True)
+    with pytest.raises(KeyboardInterrupt):  # the folder is the new conversion's
+        reshard(source, out, tp=2, overwrite=True, report=stop)
+    assert not (out / "ep2tp.json").exists()
+    assert reshard(source, out, tp=2).status == "done"
     verify(out, source)
     assert (out / "thesis.txt").is_file()
 

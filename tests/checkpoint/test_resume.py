@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -169,15 +171,17 @@ def test_two_processes_race(source: Path, tmp_path: Path) -> None:
 def test_two_conversions_begin_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Different sources, different ranks: both found the folder empty, and one of them may have it."""
     other = Model("fp8_block_f32", files=12, seed=1).write(tmp_path / "other")
-    barrier, begin = multiprocessing.get_context("fork").Barrier(2), Journal.begin
+    barrier, check_free = multiprocessing.get_context("fork").Barrier(2), Journal.check_free
+    waits = iter((30, 1))  # both check before either has begun; then one begins, and the other must wait for it
 
-    def begin_at_once(journal: Journal, replace: bool) -> None:
-        barrier.wait(30)
-        begin(journal, replace)
+    def check_at_once(journal: Journal, replace: bool) -> None:
+        check_free(journal, replace)
+        with suppress(threading.BrokenBarrierError):
+            barrier.wait(next(waits))
 
     out, options = tmp_path / "out", {"tp": 2, "layout": "ranks"}
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "begin", begin_at_once)
+        patch.setattr(Journal, "check_free", check_at_once)
         outcomes = together((source, out, options | {"ranks": [0]}), (other, out, options | {"ranks": [1]}))
     assert "part" in outcomes and any("another conversion" in outcome for outcome in outcomes)
     first, rank = (source, 1) if outcomes[0] == "part" else (other, 0)
