@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,7 +33,7 @@ class HubSource:
         beside: the output folder.
 
     Raises:
-        CheckpointError: the hub does not answer, or has no such model or revision.
+        CheckpointError: the hub does not answer, or has no such model or revision, or only in DeepSeek's own layout.
     """
 
     def __init__(self, repo: str, revision: str | None, beside: Path) -> None:
@@ -47,6 +48,11 @@ class HubSource:
             raise CheckpointError(f"{repo}: no such folder, and the hub says: {error}") from None
         self.commit = str(info.sha)
         self._sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+        if INDEX not in self._sizes and any(re.fullmatch(r"model\d+-mp\d+\.safetensors", name) for name in self._sizes):
+            raise CheckpointError(
+                f"{repo}: is in DeepSeek's own layout, whose tensors are spread over all files, so it cannot be "
+                "streamed; leave --stream out"
+            )
 
     @property
     def scratch(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -67,7 +68,7 @@ class Journal:
     def leftovers(self, parts: Collection[str] | None = None) -> list[Path]:
         """What a process that was killed was writing of these parts; or of all, and what it had fetched."""
         places = [self.temporary] if parts is not None else [self.temporary, *self.state.glob("fetch-*")]
-        files = [path for place in places for path in place.rglob("*") if path.is_file()]
+        files = [Path(folder, name) for place in places for folder, _, names in os.walk(place) for name in names]
         return [path for path in files if parts is None or path.name.partition("__")[0] in parts]
 
     def check_free(self, replace: bool = False) -> None:

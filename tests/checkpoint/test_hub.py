@@ -31,7 +31,8 @@ peak, out, model, options = [0], Path(sys.argv[1]), sys.argv[3], json.loads(sys.
 kill = options.pop("kill", False)
 def watch():
     while True:
-        peak[0] = max(peak[0], len([p for p in out.rglob("*.safetensors") if "/.ep2tp/fetch-" in str(p)]))
+        files = [name for folder, _, names in os.walk(out / ".ep2tp") for name in names if "snapshots" in folder]
+        peak[0] = max(peak[0], len(files))
         time.sleep(0.001)
 if not kill:
     threading.Thread(target=watch, daemon=True).start()
@@ -173,3 +174,5 @@ def test_deepseek_parts(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
     assert done.stdout.split() == ["done", "0"], done.stderr[-3000:]
     verify(tmp_path / "out", hub[1].folder / "parts", config=tmp_path / "config.json")
     assert json.loads((tmp_path / "out" / "ep2tp.json").read_text())["source"]["repo"] == "lab/parts"
+    streamed = convert(hub, tmp_path, "stream", "lab/parts")
+    assert streamed.returncode == 1 and "leave --stream out" in streamed.stderr
