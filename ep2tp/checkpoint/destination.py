@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -29,23 +29,16 @@ def check_destination(source: str | Path, folder: Path) -> None:
         raise CheckpointError(f"{folder}: {files[0]} is not a folder; name another")
 
 
-def check_names(folder: Path, names: Collection[str]) -> None:
-    """Check that files of these names can be in one folder, also while they are written.
+def check_names(folder: Path, names: Iterable[str]) -> None:
+    """Check that no file's name is too long, also while it is written, when a weight file's holds its rank's too.
 
     Raises:
-        CheckpointError: they cannot.
+        CheckpointError: one is.
     """
-    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
     for name in names:
-        temporary = name.replace("/", "__") if name.endswith(".safetensors") else PurePosixPath(name).name
-        try:
-            is_long = len(temporary.encode()) > _LONGEST
-        except UnicodeEncodeError:
-            raise CheckpointError(f"{folder}: a file would be called {name!r}, which is not UTF-8; rename it") from None
-        if is_long:
+        longest = name.replace("/", "__") if name.endswith(".safetensors") else PurePosixPath(name).name
+        if len(os.fsencode(longest)) > _LONGEST:
             raise CheckpointError(f"{folder}: {name}: too long a name; rename the source's file")
-        if name in folders:
-            raise CheckpointError(f"{folder}: {name} would be a file and a folder; rename the source's file")
 
 
 def existing_parent(folder: Path) -> Path:

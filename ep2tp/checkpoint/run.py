@@ -9,7 +9,7 @@ from ep2tp.checkpoint.conversion import SHARED, Conversion, part_of, rank_folder
 from ep2tp.checkpoint.destination import check_space, freed_by
 from ep2tp.checkpoint.earlier import earlier_files
 from ep2tp.checkpoint.hub_cache import check_published
-from ep2tp.checkpoint.jobs import Jobs
+from ep2tp.checkpoint.job_runner import JobRunner
 from ep2tp.checkpoint.journal import Journal
 from ep2tp.checkpoint.manifest import build_manifest
 from ep2tp.checkpoint.options import Options, Report, Result
@@ -71,7 +71,7 @@ class Run:
             journal.begin(options.overwrite)
             done = journal.done(self.sizes)
             todo = self.mine - set(done)
-            Jobs(self.source, journal, options, self.report).run(self.conversion.jobs, todo)
+            JobRunner(self.source, journal, options, self.report).run(self.conversion.jobs, todo)
             if options.ranks is None:
                 self._finish()
         written = sum(self.sizes[name] for name in todo - self._linked())

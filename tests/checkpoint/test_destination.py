@@ -171,23 +171,17 @@ def test_full_disk(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     verify(disk / "out", source)
 
 
-def test_names_that_are_too_long_or_clash(tmp_path: Path) -> None:
+def test_long_names(tmp_path: Path) -> None:
     source = Model("bf16", files=1).write(tmp_path / "source")
     (source / "model.safetensors.index.json").unlink()
-    next(source.glob("*.safetensors")).rename(source / ("x" * 228 + ".safetensors"))
+    long, longest = (source / ("x" * count + ".safetensors") for count in (228, 243))
+    next(source.glob("*.safetensors")).rename(long)
     assert reshard(source, tmp_path / "long", tp=7, layout="ranks").status == "done"
-    (source / ("x" * 228 + ".safetensors")).rename(source / ("x" * 243 + ".safetensors"))
+    long.rename(longest)
     with pytest.raises(CheckpointError, match="too long"):
         reshard(source, tmp_path / "out", tp=7, layout="ranks")
-    assert reshard(source, tmp_path / "longest", tp=7).status == "done"
-    (source / "shared").write_text("a file")
-    (source / ("x" * 243 + ".safetensors")).rename(source / "model.safetensors")
-    with pytest.raises(CheckpointError, match="a file and a folder"):
-        reshard(source, tmp_path / "out", tp=7, layout="ranks")
-    (source / "shared").rename(source / os.fsdecode(b"\xff.txt"))
-    with pytest.raises(CheckpointError, match="not UTF-8"):
-        reshard(source, tmp_path / "out", tp=7)
     assert not (tmp_path / "out").exists()
+    assert reshard(source, tmp_path / "longest", tp=7).status == "done"
 
 
 def test_new_folders_are_durable(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from ep2tp.checkpoint.transfer import run_job
 from ep2tp.errors import CheckpointError
 
 
-class Jobs:
+class JobRunner:
     """The jobs of one call of reshard.
 
     Args:
