@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from ep2tp.errors import CheckpointError, ModelError
 from ep2tp.layout.shard import Cut
@@ -131,6 +132,7 @@ class ShardPlan:
         self, name: str, shape: tuple[int, ...], matrix: Matrix, component: Component, stored: Format
     ) -> Cut | None:
         if component.is_replicated:
+            self._check_replicated(name, shape, matrix, component, stored)
             return None
         tensors: Tensors = getattr(self.facts.family.tensors, matrix.class_name)
         leading = 1 if matrix.is_fused else 0
@@ -158,6 +160,22 @@ class ShardPlan:
         what = f"{self.facts.tensor_class(matrix.class_name).field}={split.size}"  # type: ignore[union-attr]
         self._check(name, shape, sliced, cut.size, what, stored)
         return cut
+
+    def _check_replicated(
+        self, name: str, shape: tuple[int, ...], matrix: Matrix, component: Component, stored: Format
+    ) -> None:
+        """Every rank takes such a tensor whole, which is wrong for one that has a value for each row."""
+        if component.fill is Fill.SHAPE:
+            expected, is_right = "the two values [rows, columns]", shape == (2,)
+        else:
+            experts = self.facts.experts
+            expected = f"one value for each of {experts} experts" if matrix.is_fused else "a single value"
+            is_right = prod(shape) == 1 or (matrix.is_fused and shape[:1] == (experts,) and prod(shape) == experts)
+        if not is_right:
+            raise CheckpointError(
+                f"{name}: shape {list(shape)}; {stored.name} stores {expected} here; does quantization_config describe "
+                "this checkpoint?"
+            )
 
     def _check(self, name: str, shape: tuple[int, ...], dim: Dim, expected: int, what: str, stored: Format) -> None:
         if shape[dim.axis] != expected:

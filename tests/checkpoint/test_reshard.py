@@ -139,6 +139,26 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message
     assert not (tmp_path / "out").exists()
 
 
+def test_scales_of_rows_in_a_format_with_one_scale(tmp_path: Path) -> None:
+    """Each rank would take the scales of all rows for its own."""
+    model = Model("fp8_channel")
+    source = model.write(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"shape .*, 1\]; fp8_tensor stores a single value"):
+        reshard(source, tmp_path / "out", tp=7)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_shape_of_three_values(tmp_path: Path) -> None:
+    model = Model("int4_g32", size=320)
+    source = _changed(tmp_path, model, **{f"{EXPERT}.gate_proj.weight_shape": torch.tensor([320, 256, 1])})
+    with pytest.raises(CheckpointError, match=r"shape \[3\]; int4_g32 stores the two values"):
+        reshard(source, tmp_path / "out", tp=7)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_group_index_that_is_out_of_order(tmp_path: Path) -> None:
     name = f"{EXPERT}.down_proj.g_idx"
     model = Model("gptq")
