@@ -158,11 +158,12 @@ def _targets(
         place = plan.tensor(tensor.name, tensor.shape, tensor.dtype)
     except CheckpointError as error:
         raise CheckpointError(f"{tensor.file}: {error}") from None
-    seen.note(tensor)
+    matrix = plan.facts.family.classify(tensor.name)
+    if matrix is not None:
+        seen.note(tensor, matrix, place)
     if layout == "padded":
         yield file, copied(tensor) if place is None else padded(tensor, place)
         return
-    matrix = plan.facts.family.classify(tensor.name)
     is_routed = matrix is not None and matrix.class_name == "routed"
     if is_routed and place is None:
         raise CheckpointError(
