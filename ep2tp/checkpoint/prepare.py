@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ep2tp.checkpoint.conversion import (
-    Conversion,
-    Layout,
-    check_outputs,
-    new_config,
-    new_index,
-    plan_jobs,
-)
+from ep2tp.checkpoint.config_files import new_config, new_index
+from ep2tp.checkpoint.conversion import Conversion, Layout
 from ep2tp.checkpoint.deepseek_parts import PartsSource, is_parts
 from ep2tp.checkpoint.header import parse_json
 from ep2tp.checkpoint.hub import HubSource, download
+from ep2tp.checkpoint.jobs import check_outputs, plan_jobs
 from ep2tp.checkpoint.journal import STATE
 from ep2tp.checkpoint.reader import INDEX
 from ep2tp.checkpoint.source import LocalSource, Source

@@ -68,7 +68,10 @@ def read_weight_map(index: Path, text: bytes) -> dict[str, str]:
     weight_map: Any = parse_json(index, text).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no object 'weight_map'; it does not say which file holds which tensor")
+    checked: set[str] = set()
     for tensor, name in weight_map.items():
+        if isinstance(name, str) and name in checked:
+            continue
         is_plain = (
             isinstance(name, str) and name and Path(name).name == name and name not in (".", "..") and "\0" not in name
         )
@@ -76,6 +79,7 @@ def read_weight_map(index: Path, text: bytes) -> dict[str, str]:
             raise CheckpointError(f"{index}: {tensor} is said to be in {name!r}, outside of {index.parent}; refused")
         if not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: {tensor} is said to be in {name!r}; ep2tp reads .safetensors files only")
+        checked.add(name)
     return weight_map
 
 

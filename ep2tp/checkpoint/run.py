@@ -95,10 +95,10 @@ class Run:
             self.journal.begin()
             done = self.journal.done(sizes)
             todo = mine - set(done)
-            linked = {n for j in self.conversion.jobs if self.options.link and j.is_unchanged for n in j.headers}
+            linked = {n for j in self.conversion.jobs if self.options.link and j.is_unchanged for n in j.outputs}
             written = sum(sizes[name] for name in todo - linked)
             check_space(self.journal.folder, written + self.source.scratch)
-            self._convert([job for job in self.conversion.jobs if todo & set(job.headers)], todo)
+            self._convert([job for job in self.conversion.jobs if todo & set(job.outputs)], todo)
             if self.options.ranks is None:
                 self._finish(sizes)
             status = "done" if self.options.ranks is None else "part"
@@ -129,7 +129,7 @@ class Run:
                     future.cancel()
 
     def _run_job(self, job: Job, todo: Collection[str]) -> None:
-        outputs = sorted(set(job.headers) & set(todo))
+        outputs = sorted(set(job.outputs) & set(todo))
         journal = self.journal
         with ExitStack() as stack:
             inputs = {name: stack.enter_context(self.source.fetch(name)) for name in job.inputs}
@@ -147,7 +147,7 @@ class Run:
                 journal.record(name, size, digest, digests)
 
     def _link(self, job: Job, inputs: dict[str, Path]) -> tuple[dict[str, str], dict[str, tuple[int, str]]]:
-        (name, path), (output,) = *inputs.items(), job.headers
+        (name, path), (output,) = *inputs.items(), job.outputs
         link_or_clone(path, self.journal.folder / output)
         file = InputFile(str(path))
         try:

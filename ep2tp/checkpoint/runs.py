@@ -27,7 +27,6 @@ class Target:
         cut: (sliced axis, parts) of one rank's slice; None for whole tensors.
     """
 
-    name: str
     dtype: str
     shape: tuple[int, ...]
     rows: int
@@ -53,7 +52,7 @@ class Target:
 def copied(tensor: StoredTensor) -> Target:
     """The tensor as it is."""
     size = tensor.size
-    return Target(tensor.name, tensor.dtype, tensor.shape, 1, size, size, (Run(0, 0, size),))
+    return Target(tensor.dtype, tensor.shape, 1, size, size, (Run(0, 0, size),))
 
 
 def padded(tensor: StoredTensor, place: TensorPlan) -> Target:
@@ -82,7 +81,6 @@ def _sliced(tensor: StoredTensor, place: TensorPlan, cut: Cut, runs: Sequence[Ru
     inner = prod(shape[cut.axis + 1 :]) * item_bytes(tensor.dtype)
     in_bytes = tuple(Run(run.source * inner, run.target * inner, run.count * inner) for run in runs)
     return Target(
-        tensor.name,
         tensor.dtype,
         shape,
         rows,
@@ -99,7 +97,7 @@ def _shape_values(tensor: StoredTensor, place: TensorPlan) -> Target:
     other, ours = (0, size) if place.matrix.role == "down" else (size, 0)
     before, after = (value.to_bytes(size, "little") for value in (place.split.size, place.split.padded))
     kept = (Run(other, other, size),)
-    return Target(tensor.name, tensor.dtype, tensor.shape, 1, 2 * size, 2 * size, kept, after, check=(ours, before))
+    return Target(tensor.dtype, tensor.shape, 1, 2 * size, 2 * size, kept, after, check=(ours, before))
 
 
 def _group_index(tensor: StoredTensor, place: TensorPlan, start: int, stop: int) -> Target:
@@ -113,6 +111,4 @@ def _group_index(tensor: StoredTensor, place: TensorPlan, start: int, stop: int)
 
     expected, literal = values(0, tensor.shape[0]), values(start, stop)
     shape = (stop - start,)
-    return Target(
-        tensor.name, tensor.dtype, shape, 1, tensor.size, len(literal), (), check=(0, expected), literal=literal
-    )
+    return Target(tensor.dtype, shape, 1, tensor.size, len(literal), (), check=(0, expected), literal=literal)

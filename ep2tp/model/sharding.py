@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -48,6 +48,12 @@ class TensorPlan:
     format: Format
     split: Split
     cut: Cut | None
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal where what becomes of two of a model's tensors is equal, if their shapes and dtypes are."""
+        matrix = self.matrix
+        return matrix.class_name, matrix.role, matrix.suffix, matrix.is_fused, self.format.name
 
     @property
     def is_padded(self) -> bool:

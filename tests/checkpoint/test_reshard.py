@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ep2tp.checkpoint.reader import read_header
 from ep2tp.checkpoint.reshard import reshard
 from ep2tp.checkpoint.verify import verify
 from ep2tp.errors import CheckpointError, ModelError, SettingError
-from tests.checkpoint.checkpoints import Model, load, save, values, write_files
+from tests.checkpoint.checkpoints import Model, Stored, load, save, values, write_files
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,34 @@ def test_nothing_to_pad(source: Path, tmp_path: Path) -> None:
     for path in source.glob("*.safetensors"):
         assert path.read_bytes() == (out / path.name).read_bytes()
     assert verify(out, source).tensors > 0
+
+
+def test_fingerprint_changes_with_what_decides_the_output(tmp_path: Path) -> None:
+    """Apart from the identity of the source, which changes with each folder here."""
+    model = Model("bf16", files=1)
+
+    def fingerprint(name: str, tensors: Stored = model.tensors(), tp: int = 7, **config: Any) -> str:  # noqa: B008
+        folder = tmp_path / name
+        folder.mkdir()
+        write_files(folder, tensors, 1)
+        (folder / "config.json").write_text(json.dumps(model.config() | config))
+        layout = "ranks" if "ranks" in name else "padded"
+        conversion = reshard(folder, tmp_path / "out", tp=tp, layout=layout, dry_run=True).conversion  # type: ignore[arg-type]
+        return replace(conversion, identity={}).fingerprint()
+
+    tensors, embedding = model.tensors(), "model.embed_tokens.weight"
+    found = [
+        fingerprint("padded"),
+        fingerprint("ranks"),
+        fingerprint("padded for 5", tp=5),
+        fingerprint("ranks for 5", tp=5),
+        fingerprint("another config", rope_theta=1.0),
+        fingerprint("another dtype", tensors | {embedding: tensors[embedding].half()}),
+        fingerprint("another shape", tensors | {embedding: tensors[embedding].reshape(-1)}),
+        fingerprint("another name", tensors | {"model.norm.weight": torch.zeros(4)}),
+    ]
+    assert len(set(found)) == len(found)
+    assert fingerprint("padded again") == found[0]
 
 
 def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
