@@ -133,7 +133,7 @@ class PartsSource:
         experts: list[list[Origin]] = [[] for _ in paths]
         shared: dict[str, tuple[int | None, list[StoredTensor]]] = {}
         for rank, path in enumerate(paths):
-            for tensor in read_header(path).tensors:
+            for tensor in read_header(self._local.inside(path)).tensors:
                 name, axis, is_expert = published_name(tensor.name)
                 if is_expert:
                     whole = StoredTensor(name, tensor.dtype, tensor.shape, path, tensor.offset, tensor.size)
@@ -168,7 +168,13 @@ def _joined(name: str, axis: int | None, parts: list[StoredTensor], ranks: int) 
             f"{sorted({part.shape for part in parts})}); the checkpoint is damaged"
         )
     if axis is None or ranks == 1:
-        return Origin(StoredTensor(name, first.dtype, first.shape, first.file, first.offset, first.size), (first,))
+        whole = StoredTensor(name, first.dtype, first.shape, first.file, first.offset, first.size)
+        return Origin(whole, (first,), copies=tuple(parts[1:]))
+    if axis >= len(first.shape):
+        raise CheckpointError(
+            f"{first.file}: {first.name}: shape {list(first.shape)} has no axis {axis} along which the {ranks} parts "
+            "could be joined; the checkpoint is damaged"
+        )
     shape = tuple(size * ranks if index == axis else size for index, size in enumerate(first.shape))
     whole = StoredTensor(name, first.dtype, shape, first.file, 0, first.size * ranks)
     return Origin(whole, tuple(parts), axis)

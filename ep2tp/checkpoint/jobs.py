@@ -31,7 +31,7 @@ def plan_jobs(
         items = [(origin, recipes.of(origin.tensor)) for origin in origins]
         if not _is_aligned(items):
             items.sort(key=lambda item: -item_bytes(item[0].tensor.dtype))
-        inputs = tuple(dict.fromkeys(part.file.name for origin in origins for part in origin.parts))
+        inputs = tuple(dict.fromkeys(part.file.name for origin in origins for part in (*origin.parts, *origin.copies)))
         whole = name if layout == "padded" else f"{SHARED}/{name}"
         slices = tuple(f"{rank_folder(rank, plan.ranks)}/{name}" for rank in range(plan.ranks))
         jobs.append(Job(inputs, tuple(items), whole, slices, metadata))

@@ -80,7 +80,7 @@ class LocalSource:
         Raises:
             CheckpointError: a header, the index or a link is not to be trusted.
         """
-        headers = {file.name: read_header(self._inside(file)) for file in checkpoint_files(self.folder)}
+        headers = {file.name: read_header(self.inside(file)) for file in checkpoint_files(self.folder)}
         check_names(self.label, headers.values(), self.weight_map())
         return [(name, origins_of(header), header.metadata) for name, header in headers.items()]
 
@@ -98,7 +98,7 @@ class LocalSource:
                 path = Path(folder) / name
                 relative = path.relative_to(self.folder).as_posix()
                 if is_carried(relative) and path.is_file():
-                    found[relative] = self._inside(path).stat().st_size
+                    found[relative] = self.inside(path).stat().st_size
         return found
 
     def read_text(self, name: str) -> bytes | None:
@@ -110,17 +110,21 @@ class LocalSource:
         path = self.folder / name
         if not path.is_file():
             return None
-        if self._inside(path).stat().st_size > MAX_TEXT:
+        if self.inside(path).stat().st_size > MAX_TEXT:
             raise CheckpointError(f"{path}: larger than {MAX_TEXT} bytes; refused")
         return path.read_bytes()
 
     @contextmanager
     def fetch(self, name: str) -> Iterator[Path]:
         """The file itself."""
-        yield self._inside(self.folder / name)
+        yield self.inside(self.folder / name)
 
-    def _inside(self, path: Path) -> Path:
-        """``path``, unless it leads out of the folder. The hub cache links each file to ../../blobs, which is fine."""
+    def inside(self, path: Path) -> Path:
+        """``path``, unless it leads out of the folder. The hub cache links each file to ../../blobs, which is fine.
+
+        Raises:
+            CheckpointError: it leads out.
+        """
         real = path.resolve()
         blobs = self.folder.parents[1] / "blobs" if self.folder.parent.name == "snapshots" else self.folder
         if self.folder not in real.parents and blobs not in real.parents:

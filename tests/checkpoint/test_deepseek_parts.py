@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ep2tp.checkpoint.deepseek_parts import published_name
 from ep2tp.checkpoint.reshard import reshard
@@ -113,6 +114,43 @@ def test_missing_parts(tmp_path: Path) -> None:
     (tmp_path / "parts" / "model0-mp2.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model0-mp2"):
         reshard(tmp_path / "parts", tmp_path / "out", tp=3, config=tmp_path / "config.json")
+
+
+def change(folder: Path, rank: int, **tensors: torch.Tensor) -> None:
+    """Replace tensors of one part; ``__`` stands for a dot."""
+    path = folder / f"model{rank}-mp2.safetensors"
+    save(path, load_file(path) | {name.replace("__", "."): tensor for name, tensor in tensors.items()})
+
+
+def test_parts_that_should_be_alike(tmp_path: Path) -> None:
+    """What every part holds whole is compared while it is converted."""
+    write(tmp_path / "parts", 2)
+    change(tmp_path / "parts", 1, norm__weight=torch.zeros(HIDDEN, dtype=torch.bfloat16))
+    with pytest.raises(CheckpointError, match=r"model1-mp2\.safetensors: norm\.weight: differs .* model0-mp2"):
+        reshard(tmp_path / "parts", tmp_path / "out", tp=3, config=tmp_path / "config.json")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"layers__0__attn__wo__weight": torch.zeros(4)}, {"embed__weight": torch.tensor(1.0)}]
+)
+def test_parts_without_the_axis_to_join(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    write(tmp_path / "parts", 2)
+    for rank in range(2):
+        change(tmp_path / "parts", rank, **tensors)
+    with pytest.raises(CheckpointError, match="has no axis"):
+        reshard(tmp_path / "parts", tmp_path / "out", tp=3, config=tmp_path / "config.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_is_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    write(tmp_path / "parts", 2)
+    path = tmp_path / "parts" / "model1-mp2.safetensors"
+    path.rename(tmp_path / "elsewhere.safetensors")
+    path.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(CheckpointError, match="outside of"):
+        reshard(tmp_path / "parts", tmp_path / "out", tp=3, config=tmp_path / "config.json")
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_names() -> None:
