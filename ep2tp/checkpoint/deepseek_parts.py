@@ -16,7 +16,7 @@ from typing import Any
 
 from ep2tp.checkpoint.header import StoredTensor, parse_json
 from ep2tp.checkpoint.origin import Origin
-from ep2tp.checkpoint.reader import INDEX, read_header
+from ep2tp.checkpoint.reader import INDEX, read_header, read_text
 from ep2tp.checkpoint.source import FileTensors, LocalSource
 from ep2tp.errors import CheckpointError
 
@@ -118,7 +118,7 @@ class PartsSource:
         """The folder's files; config.json says that there is no MTP layer."""
         if name != "config.json":
             return self._local.read_text(name)
-        config = parse_json(self._config, self._config.read_bytes())
+        config = parse_json(self._config, read_text(self._config))
         if config.get("num_nextn_predict_layers"):
             config["num_nextn_predict_layers"] = 0
         return json.dumps(config).encode()
@@ -149,7 +149,7 @@ class PartsSource:
         return [*found, (f"model-{count:05}-of-{count:05}.safetensors", joined, {"format": "pt"})]
 
     def _paths(self) -> list[Path]:
-        names = {path.name: _FILE.fullmatch(path.name) for path in self._local.folder.glob("*.safetensors")}
+        names = {path.name: _FILE.fullmatch(path.name) for path in self._local.weight_files}
         found = {(int(match[1]), int(match[2])): name for name, match in names.items() if match}
         ranks = max(ranks for _, ranks in found)
         for rank in range(ranks):

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from ep2tp.checkpoint.header import Header
 from ep2tp.checkpoint.origin import Origin
-from ep2tp.checkpoint.reader import INDEX, check_names, checkpoint_files, read_header, read_weight_map
+from ep2tp.checkpoint.reader import INDEX, check_names, listed_files, read_header, read_text, read_weight_map
+from ep2tp.checkpoint.reader import MAX_TEXT as MAX_TEXT
 from ep2tp.errors import CheckpointError
-
-MAX_TEXT = 100_000_000
-"""Bytes that ep2tp reads of a JSON file."""
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
 
@@ -68,7 +67,7 @@ class LocalSource:
 
     def identity(self) -> dict[str, Any]:
         """The folder, and each weight file's size and time of change."""
-        stats = {file.name: file.stat() for file in checkpoint_files(self.folder)}
+        stats = {file.name: file.stat() for file in self.weight_files}
         return {
             "path": str(self.folder),
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
@@ -80,9 +79,18 @@ class LocalSource:
         Raises:
             CheckpointError: a header, the index or a link is not to be trusted.
         """
-        headers = {file.name: read_header(self.inside(file)) for file in checkpoint_files(self.folder)}
+        headers = {file.name: read_header(self.inside(file)) for file in self.weight_files}
         check_names(self.label, headers.values(), self.weight_map())
         return [(name, origins_of(header), header.metadata) for name, header in headers.items()]
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights.
+
+        Raises:
+            CheckpointError: there are none, the index is not to be trusted, or one that it names is missing.
+        """
+        return listed_files(self.folder, self.weight_map())
 
     def weight_map(self) -> Mapping[str, str] | None:
         """The index, where there is one."""
@@ -110,9 +118,7 @@ class LocalSource:
         path = self.folder / name
         if not path.is_file():
             return None
-        if self.inside(path).stat().st_size > MAX_TEXT:
-            raise CheckpointError(f"{path}: larger than {MAX_TEXT} bytes; refused")
-        return path.read_bytes()
+        return read_text(self.inside(path))
 
     @contextmanager
     def fetch(self, name: str) -> Iterator[Path]:
