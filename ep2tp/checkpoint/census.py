@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import count
 
 from ep2tp.checkpoint.header import StoredTensor
 from ep2tp.errors import CheckpointError
@@ -11,7 +12,7 @@ from ep2tp.model.families import ClassName, Matrix
 from ep2tp.model.formats import WEIGHT_SUFFIXES
 from ep2tp.model.sharding import ShardPlan, TensorPlan
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+_NUMBER = re.compile(r"(?<![^.])\d{1,9}(?=\.)")
 _COMPLETE = ({"gate", "up", "down"}, {"gate_up", "down"})
 
 Owner = tuple[ClassName, str]
@@ -77,10 +78,10 @@ class Census:
         self._check_experts()
 
     def _note_experts(self, tensor: StoredTensor, matrix: Matrix) -> None:
-        layer, count = _owner(matrix.module), tensor.shape[0]
-        if self.fused.setdefault(layer, count) != count:
+        layer, experts = _owner(matrix.module), tensor.shape[0]
+        if self.fused.setdefault(layer, experts) != experts:
             raise CheckpointError(
-                f"{tensor.file}: {tensor.name}: shape {list(tensor.shape)} for {count} experts; other tensors of "
+                f"{tensor.file}: {tensor.name}: shape {list(tensor.shape)} for {experts} experts; other tensors of "
                 f"{layer} are for {self.fused[layer]}. Fetch the checkpoint again"
             )
 
@@ -88,10 +89,12 @@ class Census:
         source, experts = self.plan.facts.source, self.plan.facts.experts
         for layer, ids in self._expert_ids().items():
             expected = experts if self._is_decoder(layer) else max(ids, default=-1) + 1
-            if missing := sorted(set(range(expected)) - ids):
+            missing = expected - sum(number < expected for number in ids)
+            if missing:
+                first = next(number for number in count() if number not in ids)
                 raise CheckpointError(
-                    f"{source}: {layer} lacks {len(missing)} of its {expected} experts, such as expert {missing[0]}; "
-                    "fetch the checkpoint again"
+                    f"{source}: {layer} lacks {missing} of its {expected} experts, such as expert {first}; fetch the "
+                    "checkpoint again"
                 )
             if len(ids) > expected:
                 raise CheckpointError(
@@ -108,8 +111,8 @@ class Census:
                 found.setdefault(_owner(layer), set()).add(number)
             elif name == "shared":
                 found.setdefault(owner, set())
-        for layer, count in self.fused.items():
-            found.setdefault(layer, set()).update(range(count))
+        for layer, experts in self.fused.items():
+            found.setdefault(layer, set()).update(range(experts))
         return found
 
     def _is_decoder(self, layer: str) -> bool:

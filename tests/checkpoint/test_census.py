@@ -44,6 +44,12 @@ def test_more_experts_than_the_config_says(tmp_path: Path) -> None:
     refused(tmp_path, MODEL.tensors(), MODEL.config() | {"n_routed_experts": 2}, "has 3 experts; config.json says 2")
 
 
+@pytest.mark.parametrize("number", ["999999999", "9" * 5000])
+def test_numbers_of_experts_that_no_model_has(tmp_path: Path, number: str) -> None:
+    renamed = {name.replace("2.mlp.experts.1.", f"2.mlp.experts.{number}."): t for name, t in MODEL.tensors().items()}
+    refused(tmp_path, renamed, MODEL.config(), "lacks .* of its")
+
+
 def test_fused_experts_are_as_many_as_the_config_says(tmp_path: Path) -> None:
     config, tensors = qwen3_5()
     fewer = {name: t[:2].contiguous() for name, t in tensors.items()}

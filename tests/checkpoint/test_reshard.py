@@ -205,6 +205,18 @@ def test_activation_order_is_refused(tmp_path: Path) -> None:
         reshard(source, tmp_path / "out", tp=2)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 10**9}, {"n_routed_experts": 10**9}, {"hidden_size": 10**12}, {"hidden_size": "x"}]
+)
+def test_sizes_that_no_model_has(source: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    config = json.loads((source / "config.json").read_text()) | change
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="expected a positive integer up to"):
+        reshard(tmp_path / "source", tmp_path / "out", tp=2)
+
+
 def test_links_out_of_the_folder(tmp_path: Path) -> None:
     source = Model().write(tmp_path / "source")
     (tmp_path / "secret.txt").write_text("secret")
