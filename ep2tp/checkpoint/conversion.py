@@ -113,6 +113,8 @@ class Conversion:
         index: the new index, or None where it needs none.
         others: bytes of each file that is carried over.
         identity: what the source is.
+        left_out: weights of the source that the new checkpoint will not have: those that the index does not name, in
+            other formats, or in folders of their own.
     """
 
     plan: ShardPlan
@@ -122,6 +124,7 @@ class Conversion:
     index: bytes | None
     others: Mapping[str, int]
     identity: Mapping[str, Any]
+    left_out: tuple[str, ...] = ()
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each weight file to write."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,10 @@ class PartsSource:
     def others(self) -> dict[str, int]:
         """See :meth:`ep2tp.checkpoint.source.Source.others`."""
         return self._local.others()
+
+    def left_out(self) -> Iterable[str]:
+        """See :meth:`ep2tp.checkpoint.source.Source.left_out`."""
+        return self._local.left_out()
 
     def fetch(self, name: str) -> AbstractContextManager[Path]:
         """See :meth:`ep2tp.checkpoint.source.Source.fetch`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePosixPath
 
 from ep2tp.checkpoint.census import Census
 from ep2tp.checkpoint.conversion import SHARED, Item, Job, Layout, Recipe, rank_folder
@@ -39,15 +40,37 @@ def plan_jobs(
     return tuple(job for job in jobs if job.items)
 
 
-def check_outputs(jobs: Iterable[Job]) -> None:
-    """Check that no two jobs write one file.
+def check_outputs(names: Iterable[str]) -> None:
+    """Check that all files of the new checkpoint can lie side by side.
+
+    Args:
+        names: the files' names, relative to its folder.
 
     Raises:
-        CheckpointError: they do.
+        CheckpointError: two have one name, one has the name of another's folder, or a name is not UTF-8.
     """
-    names = Counter(name for job in jobs for name in job.outputs)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise CheckpointError(f"{twice[0]}: would be written twice; two of the source's files have one name")
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise CheckpointError(f"{name}: would be written twice; two of the source's files have one name")
+        if not _is_utf8(name):
+            raise CheckpointError(f"{name!r}: the source has a file whose name is not UTF-8; rename or remove it")
+        seen.add(name)
+    for name in sorted(seen):
+        folders = [str(folder) for folder in PurePosixPath(name).parents]
+        if taken := seen.intersection(folders):
+            raise CheckpointError(
+                f"{taken.pop()}: the source has a file of this name, and {name} needs a folder of this name; rename or "
+                "remove the source's"
+            )
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # Python stands in for the bytes with lone surrogates
+        return False
+    return True
 
 
 class _Recipes:

@@ -10,7 +10,7 @@ from ep2tp.checkpoint.deepseek_parts import PartsSource, is_parts
 from ep2tp.checkpoint.header import parse_json
 from ep2tp.checkpoint.hub import HubSource, download
 from ep2tp.checkpoint.jobs import check_outputs, plan_jobs
-from ep2tp.checkpoint.journal import STATE
+from ep2tp.checkpoint.journal import MANIFEST, STATE
 from ep2tp.checkpoint.reader import INDEX
 from ep2tp.checkpoint.source import LocalSource, Source
 from ep2tp.errors import CheckpointError, ModelError
@@ -67,9 +67,12 @@ def prepare(source: Source, tp: int, layout: Layout) -> Conversion:
             )
     plan = plan_shards(facts, tp)
     jobs = plan_jobs(source.files(), plan, layout)
-    check_outputs(jobs)
+    others = source.others()
+    ours = ("config.json", INDEX, MANIFEST)
+    check_outputs([*(name for job in jobs for name in job.outputs), *others, *ours])
     index = new_index(jobs, source.read_text(INDEX) is not None) if layout == "padded" else None
-    return Conversion(plan, layout, jobs, new_config(config, plan), index, source.others(), source.identity())
+    config_text, left_out = new_config(config, plan), tuple(sorted(source.left_out()))
+    return Conversion(plan, layout, jobs, config_text, index, others, source.identity(), left_out)
 
 
 def _facts(config: dict[str, object], label: str) -> ModelFacts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -40,6 +40,9 @@ class Source(Protocol):
 
     def others(self) -> dict[str, int]:
         """Bytes of each file that is carried over as it is, by path relative to the checkpoint."""
+
+    def left_out(self) -> Iterable[str]:
+        """Weights beside those of :meth:`files`, which no new checkpoint will have."""
 
     def read_text(self, name: str) -> bytes | None:
         """A small file, or None where there is none."""
@@ -99,15 +102,20 @@ class LocalSource:
 
     def others(self) -> dict[str, int]:
         """See :meth:`Source.others`: all but weights, the index, hidden files and what ep2tp writes itself."""
-        found = {}
+        return {name: self.inside(self.folder / name).stat().st_size for name in self._names() if is_carried(name)}
+
+    def left_out(self) -> Iterable[str]:
+        """See :meth:`Source.left_out`."""
+        weights = {file.name for file in self.weight_files}
+        return [name for name in self._names() if is_weights(name) and name not in weights]
+
+    def _names(self) -> Iterator[str]:
         for folder, folders, files in os.walk(self.folder):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 path = Path(folder) / name
-                relative = path.relative_to(self.folder).as_posix()
-                if is_carried(relative) and path.is_file():
-                    found[relative] = self.inside(path).stat().st_size
-        return found
+                if path.is_file():
+                    yield path.relative_to(self.folder).as_posix()
 
     def read_text(self, name: str) -> bytes | None:
         """See :meth:`Source.read_text`.
@@ -145,7 +153,14 @@ def origins_of(header: Header) -> list[Origin]:
 
 def is_carried(name: str) -> bool:
     """Whether a file is carried over to the new checkpoint as it is."""
-    path = PurePosixPath(name)
-    is_hidden = any(part.startswith(".") for part in path.parts)
     is_ours = name in ("config.json", INDEX, "ep2tp.json")
-    return not (is_hidden or is_ours or path.suffix in _WEIGHT_SUFFIXES or name.endswith(".index.json"))
+    return not (_is_hidden(name) or is_ours or is_weights(name) or name.endswith(".index.json"))
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, by its name."""
+    return PurePosixPath(name).suffix in _WEIGHT_SUFFIXES and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)
