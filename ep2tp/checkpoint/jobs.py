@@ -8,10 +8,11 @@ from pathlib import PurePosixPath
 
 from ep2tp.checkpoint.census import Census
 from ep2tp.checkpoint.conversion import SHARED, Item, Job, Layout, Recipe, rank_folder
-from ep2tp.checkpoint.header import StoredTensor, item_bytes
+from ep2tp.checkpoint.header import StoredTensor
 from ep2tp.checkpoint.origin import Origin
 from ep2tp.checkpoint.runs import copied, of_rank, padded
 from ep2tp.errors import CheckpointError
+from ep2tp.model.dtypes import item_bytes
 from ep2tp.model.sharding import ShardPlan, TensorPlan
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ep2tp.checkpoint.header import StoredTensor, item_bytes
+from ep2tp.checkpoint.header import StoredTensor
 from ep2tp.errors import CheckpointError
+from ep2tp.model.dtypes import item_bytes
 
 WINDOW = 8 << 20
 """Bytes that one worker reads at a time."""

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from ep2tp.checkpoint.header import StoredTensor, item_bytes
+from ep2tp.checkpoint.header import StoredTensor
 from ep2tp.layout.shard import Cut, Run, padded_shape, rank_shape
+from ep2tp.model.dtypes import item_bytes
 from ep2tp.model.formats import Fill
 from ep2tp.model.sharding import TensorPlan
-
-_INTEGERS = {"I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def _sliced(tensor: StoredTensor, place: TensorPlan, cut: Cut, runs: Sequence[Ru
 
 def _shape_values(tensor: StoredTensor, place: TensorPlan) -> Target:
     """``weight_shape`` of packed integers: the logical [rows, columns]; the intermediate size is rewritten."""
-    size = _INTEGERS[tensor.dtype]
+    size = item_bytes(tensor.dtype)
     other, ours = (0, size) if place.matrix.role == "down" else (size, 0)
     before, after = (value.to_bytes(size, "little") for value in (place.split.size, place.split.padded))
     kept = (Run(other, other, size),)
@@ -104,7 +103,7 @@ def _group_index(tensor: StoredTensor, place: TensorPlan, start: int, stop: int)
     """``g_idx`` of GPTQ: the number of each column's group."""
     scales = place.format.component(".scales")
     assert scales is not None and scales.cols is not None
-    group, size = scales.cols.per, _INTEGERS[tensor.dtype]
+    group, size = scales.cols.per, item_bytes(tensor.dtype)
 
     def values(first: int, last: int) -> bytes:
         return b"".join((column // group).to_bytes(size, "little") for column in range(first, last))

@@ -9,6 +9,7 @@ from math import prod
 from ep2tp.errors import CheckpointError, ModelError
 from ep2tp.layout.shard import Cut
 from ep2tp.layout.split import Split, least_padded
+from ep2tp.model.dtypes import item_bytes
 from ep2tp.model.facts import ModelFacts, TensorClass
 from ep2tp.model.families import ClassName, Matrix, Tensors
 from ep2tp.model.formats import FLOAT_DTYPES, PLAIN, Component, Dim, Fill, Format
@@ -28,7 +29,6 @@ _PATTERN = {
     Fill.INT8_POINT: b"\x7f",
 }
 _LARGEST_GROUP = 128  # of the groups in use (16, 32, 64, 128): slices that are multiples of it cut none
-_BYTES = {"F32": 4, "I32": 4, "I64": 8, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TensorPlan:
         kind = self.component.fill
         if kind is Fill.ONE:
             return _ELEMENT[dtype]
-        return _PATTERN.get(kind, b"\x00") * _BYTES[dtype]
+        return _PATTERN.get(kind, b"\x00") * item_bytes(dtype)
 
 
 @dataclass(frozen=True)
