@@ -12,7 +12,7 @@ from ep2tp.model.families import ClassName, Matrix
 from ep2tp.model.formats import WEIGHT_SUFFIXES
 from ep2tp.model.sharding import ShardPlan, TensorPlan
 
-_NUMBER = re.compile(r"(?<![^.])\d{1,9}(?=\.)")
+_NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?=\.)")
 _COMPLETE = ({"gate", "up", "down"}, {"gate_up", "down"})
 
 Owner = tuple[ClassName, str]
@@ -31,7 +31,7 @@ class Census:
         self.suffixes: dict[str, frozenset[str]] = {}
         self.required: dict[str, tuple[tuple[str, ...], ...]] = {}
         self.roles: dict[Owner, frozenset[str]] = {}
-        self.fused: dict[str, int] = {}
+        self.fused: dict[str, int] = {}  # experts of each layer that has fused ones
         self._shared: dict[frozenset[str], frozenset[str]] = {}
 
     def note(self, tensor: StoredTensor, matrix: Matrix, place: TensorPlan | None) -> None:
@@ -41,9 +41,10 @@ class Census:
             CheckpointError: it holds the fused weights of another number of experts than its layer does.
         """
         self.suffixes[matrix.module] = self._with(self.suffixes.get(matrix.module), matrix.suffix)
-        if matrix.is_fused and place is not None and not place.component.is_replicated:
+        is_weight = matrix.suffix in WEIGHT_SUFFIXES
+        if matrix.is_fused and (is_weight or (place is not None and not place.component.is_replicated)):
             self._note_experts(tensor, matrix)
-        if matrix.suffix not in WEIGHT_SUFFIXES:
+        if not is_weight:
             return
         if place is not None:
             self.required[matrix.module] = place.format.required
@@ -78,7 +79,7 @@ class Census:
         self._check_experts()
 
     def _note_experts(self, tensor: StoredTensor, matrix: Matrix) -> None:
-        layer, experts = _owner(matrix.module), tensor.shape[0]
+        layer, experts = _owner(matrix.module), tensor.shape[0] if tensor.shape else 0
         if self.fused.setdefault(layer, experts) != experts:
             raise CheckpointError(
                 f"{tensor.file}: {tensor.name}: shape {list(tensor.shape)} for {experts} experts; other tensors of "

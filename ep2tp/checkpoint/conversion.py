@@ -64,7 +64,7 @@ class Job:
     def outputs(self) -> tuple[str, ...]:
         """The output files that anything goes into."""
         has = {recipe.is_sliced for _, recipe in self.items}
-        return (self.whole,) * (False in has) + self.slices * (True in has)
+        return (*((self.whole,) if False in has else ()), *(self.slices if True in has else ()))
 
     def targets(self, recipe: Recipe) -> Iterable[tuple[str, Target]]:
         """(output file, new tensor) of each tensor made by a recipe."""
@@ -76,22 +76,19 @@ class Job:
         built = {is_sliced: self._header(is_sliced) for is_sliced in {recipe.is_sliced for _, recipe in self.items}}
         return {name: built[name != self.whole] for name in self.outputs}
 
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes of each output file."""
-        return self._sizes
+        data = Counter[bool]()
+        for _, recipe in self.items:
+            data[recipe.is_sliced] += recipe.targets[0].size
+        return {name: len(header) + data[name != self.whole] for name, header in self.headers.items()}
 
     @property
     def is_unchanged(self) -> bool:
         """Whether its only output is its only input: the same name, and every tensor a copy."""
         is_one_file = self.inputs == self.outputs and len(self.inputs) == 1
         return is_one_file and all(target.is_copy for _, recipe in self.items for target in recipe.targets)
-
-    @cached_property
-    def _sizes(self) -> dict[str, int]:
-        data = Counter[bool]()
-        for _, recipe in self.items:
-            data[recipe.is_sliced] += recipe.targets[0].size
-        return {name: len(header) + data[name != self.whole] for name, header in self.headers.items()}
 
     def _header(self, is_sliced: bool) -> bytes:
         """All ranks' files have the same, as slices are equal."""
@@ -128,7 +125,7 @@ class Conversion:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each weight file to write."""
-        return {name: size for job in self.jobs for name, size in job.sizes().items()}
+        return {name: size for job in self.jobs for name, size in job.sizes.items()}
 
     @property
     def source_bytes(self) -> int:

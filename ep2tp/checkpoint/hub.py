@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ep2tp.checkpoint.header import Header, header_length, parse_header
-from ep2tp.checkpoint.reader import INDEX, check_names, read_weight_map
-from ep2tp.checkpoint.source import MAX_TEXT, FileTensors, is_carried, is_weights, origins_of
+from ep2tp.checkpoint.reader import INDEX, MAX_TEXT, check_names, read_weight_map
+from ep2tp.checkpoint.source import FileTensors, is_carried, is_weights, origins_of
 from ep2tp.errors import CheckpointError
 
 _TIMEOUT = 60  # seconds without an answer

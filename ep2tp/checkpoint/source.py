@@ -12,7 +12,6 @@ from typing import Any, Protocol
 from ep2tp.checkpoint.header import Header
 from ep2tp.checkpoint.origin import Origin
 from ep2tp.checkpoint.reader import INDEX, check_names, listed_files, read_header, read_text, read_weight_map
-from ep2tp.checkpoint.reader import MAX_TEXT as MAX_TEXT
 from ep2tp.errors import CheckpointError
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")

@@ -62,6 +62,21 @@ def test_fused_tensors_of_a_layer_are_for_the_same_experts(tmp_path: Path) -> No
     refused(tmp_path, tensors | {name: tensors[name][:2].contiguous()}, config, "experts; other tensors of")
 
 
+def test_fused_experts_in_a_way_that_is_not_known(tmp_path: Path) -> None:
+    """They are counted too, and left as they are where nothing needs padding."""
+    config, _ = qwen3_5()
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    prefix = "model.layers.0.mlp.experts."
+    tensors = {
+        prefix + "gate_up_proj": values(RNG, "U8", 3, 2 * 96, 32),
+        prefix + "down_proj": values(RNG, "U8", 3, 64, 48),
+    }
+    assert reshard(write(tmp_path / "source", config, tensors), tmp_path / "out", tp=1).status == "unneeded"
+    fewer = {name: t[:2].contiguous() for name, t in tensors.items()}
+    with pytest.raises(CheckpointError, match="lacks 1 of its 3 experts"):
+        reshard(write(tmp_path / "fewer", config, fewer), tmp_path / "out", tp=1)
+
+
 def test_a_draft_with_fewer_experts(tmp_path: Path) -> None:
     """DeepSeek-V4.1: the draft layers hold a number of experts of their own, which config.json does not say."""
     hidden, size = 64, 96
