@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from ep2tp.checkpoint import destination
-from ep2tp.checkpoint.header import StoredTensor
+from ep2tp.checkpoint.header import build_header
 from ep2tp.checkpoint.reader import read_header
 from ep2tp.checkpoint.reshard import reshard
 from ep2tp.checkpoint.verify import verify
 from ep2tp.errors import CheckpointError, ModelError, SettingError
+from ep2tp.model.dtypes import item_bytes
 from tests.checkpoint.checkpoints import Model, Stored, load, save, values, write_files
 
 
@@ -80,7 +81,8 @@ def test_fingerprint_changes_with_what_decides_the_output(tmp_path: Path) -> Non
         fingerprint("another config", rope_theta=1.0),
         fingerprint("another dtype", tensors | {embedding: tensors[embedding].half()}),
         fingerprint("another shape", tensors | {embedding: tensors[embedding].reshape(-1)}),
-        fingerprint("another name", tensors | {"model.norm.weight": torch.zeros(4)}),
+        fingerprint("another tensor", tensors | {"model.norm.weight": torch.zeros(4)}),
+        fingerprint("another name", {name.replace("embed_tokens", "embed"): tensors[name] for name in tensors}),
     ]
     assert len(set(found)) == len(found)
     assert fingerprint("padded again") == found[0]
@@ -253,13 +255,25 @@ def test_pickles_are_not_carried(tmp_path: Path) -> None:
 
 def test_order_by_size_where_padding_would_misalign(tmp_path: Path) -> None:
     """PyTorch's reader needs each tensor to begin on a multiple of its element's size."""
-    model = Model("nvfp4_modelopt", size=48, shared=1, dense=48, files=1)
+    model = Model("fp8_block_e8m0", size=384, shared=1, dense=384, files=1)  # each MLP's scales grow by 6 bytes
     source = model.write(tmp_path / "source")
-    reshard(source, tmp_path / "out", tp=7)
-    for tensor in read_header(next((tmp_path / "out").glob("*.safetensors"))).tensors:
-        assert isinstance(tensor, StoredTensor)
-        assert tensor.dtype != "F32" or tensor.offset % 4 == 0
-    assert load(tmp_path / "out")
+    path = next(source.glob("*.safetensors"))
+    data, tensors = path.read_bytes(), read_header(path).tensors
+    narrow_first = [("model.norm.weight", "F32", (1,), 4), *((t.name, t.dtype, t.shape, t.size) for t in tensors)]
+    narrow_first.append(("model.filler", "BF16", (1,), 2))
+    narrow_first.sort(key=lambda tensor: item_bytes(tensor[1]))
+    content = {t.name: data[t.offset : t.offset + t.size] for t in tensors}
+    content |= {"model.filler": bytes(2), "model.norm.weight": bytes(4)}
+    path.write_bytes(
+        build_header({"format": "pt"}, narrow_first) + b"".join(content[name] for name, *_ in narrow_first)
+    )
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(content, path.name)
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert all(tensor.offset % item_bytes(tensor.dtype) == 0 for tensor in read_header(path).tensors)
+    reshard(source, tmp_path / "out", tp=2)
+    for tensor in read_header(tmp_path / "out" / path.name).tensors:
+        assert tensor.offset % item_bytes(tensor.dtype) == 0, tensor
     verify(tmp_path / "out", source)
 
 
