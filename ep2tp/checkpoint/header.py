@@ -117,7 +117,8 @@ def parse_json(file: Path, text: bytes) -> dict[str, Any]:
 
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates have no bytes to be written as
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # lone surrogates have no bytes to be written as
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -92,7 +92,7 @@ class _Recipes:
             place = self.plan.tensor(tensor.name, tensor.shape, tensor.dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{tensor.file}: {error}") from None
-        matrix = self.plan.facts.family.classify(tensor.name)
+        matrix = place.matrix if place else self.plan.facts.family.classify(tensor.name)
         if matrix is not None:
             self.census.note(tensor, matrix, place)
         is_routed = matrix is not None and matrix.class_name == "routed"
