@@ -9,7 +9,9 @@ import click
 
 from ep2tp import __version__
 from ep2tp.checkpoint.commands import reshard_command, verify_command
+from ep2tp.doctor.commands import doctor_command
 from ep2tp.errors import Ep2tpError
+from ep2tp.observe.commands import detect_command
 
 
 class _Group(click.Group):
@@ -80,5 +82,7 @@ def demo(tp: int, keep: str | None) -> None:
     sys.exit(run_demo(tp, Path(keep) if keep else None))
 
 
+main.add_command(detect_command)
+main.add_command(doctor_command)
 main.add_command(reshard_command)
 main.add_command(verify_command)

@@ -21,6 +21,10 @@ class CheckpointError(Ep2tpError, ValueError):
     """A checkpoint's files or tensors do not match its config."""
 
 
+class DifferenceError(CheckpointError):
+    """A converted checkpoint is not what it should be; the message names the first tensor or file that differs."""
+
+
 class LaunchError(Ep2tpError, ValueError):
     """A launch cannot be rewritten to tensor parallelism; the message says which launch can."""
 
@@ -31,3 +35,7 @@ class SeamError(Ep2tpError, RuntimeError):
 
 class GuardError(Ep2tpError, ImportError):
     """Something imported an expert-parallel library while a rewrite keeps it out."""
+
+
+class SourceError(Ep2tpError, ValueError):
+    """A log, trace, server or process cannot be read."""

@@ -27,7 +27,7 @@ def run(*words: str, environment: dict[str, str] | None = None) -> tuple[int, st
 def test_help_names_every_command() -> None:
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("patches", "rewrite", "demo"):
+    for command in ("patches", "rewrite", "demo", "detect", "doctor"):
         assert command in out
 
 

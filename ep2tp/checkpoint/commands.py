@@ -86,8 +86,8 @@ def reshard_command(source: str, destination: str, quiet: bool, as_json: bool, *
 @_source_options
 def verify_command(folder: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Check the hashes of a folder that ep2tp reshard wrote, and with --source every byte of every tensor."""
-    from ep2tp.checkpoint.compare import DifferenceError
     from ep2tp.checkpoint.verify import verify
+    from ep2tp.errors import DifferenceError
 
     try:
         with _errors(as_json):
@@ -106,7 +106,7 @@ def verify_command(folder: str, quiet: bool, as_json: bool, **options: Any) -> N
 @contextmanager
 def _errors(as_json: bool) -> Iterator[None]:
     """Show ep2tp's errors as one line, also where the command is not run by ``ep2tp``'s own group."""
-    from ep2tp.checkpoint.compare import DifferenceError
+    from ep2tp.errors import DifferenceError
 
     try:
         yield

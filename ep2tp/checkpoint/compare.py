@@ -8,9 +8,10 @@ from math import prod
 
 import numpy as np
 
-from ep2tp.checkpoint.header import StoredTensor, item_bytes
+from ep2tp.checkpoint.header import StoredTensor
 from ep2tp.checkpoint.origin import InputFile, Origin, read
-from ep2tp.errors import CheckpointError
+from ep2tp.errors import DifferenceError
+from ep2tp.model.dtypes import item_bytes
 from ep2tp.model.formats import Fill
 from ep2tp.model.sharding import TensorPlan
 
@@ -18,10 +19,6 @@ BLOCK = 1 << 20
 """Bytes compared at a time."""
 
 Slices = Sequence[tuple[StoredTensor, InputFile]]
-
-
-class DifferenceError(CheckpointError):
-    """A converted checkpoint is not what it should be; the message names the first tensor or file that differs."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from itertools import count
@@ -14,8 +14,8 @@ from typing import Any
 
 from ep2tp.checkpoint.header import Header, header_length, parse_header
 from ep2tp.checkpoint.lock import locked
-from ep2tp.checkpoint.reader import INDEX, check_names, read_weight_map
-from ep2tp.checkpoint.source import MAX_TEXT, FileTensors, is_carried, origins_of
+from ep2tp.checkpoint.reader import INDEX, MAX_TEXT, check_names, read_weight_map
+from ep2tp.checkpoint.source import FileTensors, is_carried, is_weights, origins_of
 from ep2tp.errors import CheckpointError
 
 _TIMEOUT = 60  # seconds without an answer
@@ -78,6 +78,10 @@ class HubSource:
         if unsafe:
             raise CheckpointError(f"{self.repo}: names a file {unsafe[0]!r}; refused")
         return {name: size for name, size in sorted(self._sizes.items()) if is_carried(name)}
+
+    def left_out(self) -> Iterable[str]:
+        """See :meth:`ep2tp.checkpoint.source.Source.left_out`."""
+        return [name for name in self._sizes if is_weights(name) and name not in self._headers]
 
     def read_text(self, name: str) -> bytes | None:
         """See :meth:`ep2tp.checkpoint.source.Source.read_text`."""

@@ -38,7 +38,7 @@ class JobRunner:
         Raises:
             CheckpointError: the disk is full or fails, or the source holds what the plan does not expect.
         """
-        left = [job for job in jobs if set(job.headers) & set(todo)]
+        left = [job for job in jobs if set(job.outputs) & set(todo)]
         self._total = sum(origin.tensor.size for job in left for origin, _ in job.items)
         with ThreadPoolExecutor(self.options.workers, "ep2tp") as pool:
             futures = [pool.submit(self._run_job, job, todo) for job in left]
@@ -52,7 +52,7 @@ class JobRunner:
                     future.cancel()
 
     def _run_job(self, job: Job, todo: Collection[str]) -> None:
-        outputs = sorted(set(job.headers) & set(todo))
+        outputs = sorted(set(job.outputs) & set(todo))
         journal = self.journal
         with ExitStack() as stack:
             inputs = {name: stack.enter_context(self.source.fetch(name)) for name in job.inputs}
@@ -72,7 +72,7 @@ class JobRunner:
                 journal.record(name, size, digest, digests)
 
     def _link(self, job: Job, inputs: dict[str, Path]) -> tuple[dict[str, str], dict[str, tuple[int, str]]]:
-        (name, path), (output,) = *inputs.items(), job.headers
+        (name, path), (output,) = *inputs.items(), job.outputs
         link_or_clone(path, self.journal.folder / output)
         file = InputFile(str(path))
         try:

@@ -90,7 +90,7 @@ class Run:
         return part_of(output) in folders
 
     def _linked(self) -> set[str]:
-        return {name for job in self.conversion.jobs if self.options.link and job.is_unchanged for name in job.headers}
+        return {name for job in self.conversion.jobs if self.options.link and job.is_unchanged for name in job.outputs}
 
     def _needed(self) -> int:
         """Bytes of disk that the run takes beyond what it removes first."""

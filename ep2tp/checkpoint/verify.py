@@ -3,30 +3,32 @@
 With a source, every element is compared as bytes: the real ones with the source's, the rest with the padding that the
 format prescribes (zero weights, scale 1). As each weight keeps its scale and its place in the block, equal bytes are
 equal values after dequantisation, and padding dequantises to exact zeros: nothing has to be dequantised to prove it.
-The comparison reads the new files' own headers and shares no code with the writer but the plan's sizes.
+Headers, index, config.json and the files that are carried over are compared as well: nothing rests on the manifest.
+
+The plan (which tensor is cut where, and with what it is filled) is computed by the code that the conversion used; how
+bytes are found and compared is not shared with the code that wrote them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from threading import Lock
 
-from ep2tp.checkpoint.compare import BLOCK, DifferenceError, compare_tensor
-from ep2tp.checkpoint.conversion import Conversion, Job, rank_folder
+from ep2tp.checkpoint.compare import BLOCK, compare_tensor
+from ep2tp.checkpoint.conversion import SHARED, Conversion, Job, rank_folder
 from ep2tp.checkpoint.header import StoredTensor
-from ep2tp.checkpoint.journal import MANIFEST
+from ep2tp.checkpoint.manifest import Manifest, read_manifest
+from ep2tp.checkpoint.options import Options, Report
 from ep2tp.checkpoint.origin import InputFile, open_inputs
 from ep2tp.checkpoint.prepare import open_source, prepare
-from ep2tp.checkpoint.reader import read_header
+from ep2tp.checkpoint.reader import INDEX, read_header
 from ep2tp.checkpoint.source import Source
-from ep2tp.errors import CheckpointError
+from ep2tp.errors import DifferenceError
 
 
 @dataclass(frozen=True)
@@ -50,55 +52,60 @@ def verify(
     stream: bool = False,
     config: str | Path | None = None,
     workers: int | None = None,
+    report: Report = lambda done, total: None,
 ) -> Verified:
-    """Check a converted checkpoint's hashes, and with ``source`` every byte of every tensor.
+    """Check a converted checkpoint's hashes, and with ``source`` every byte of every file.
 
     Args:
         folder: what :func:`reshard` wrote.
         source, revision, stream, config: the original, as for :func:`reshard`.
-        workers: threads.
+        workers: threads; with ``stream`` there is one, so that the disk holds one file of the source at a time.
+        report: called with (bytes done, bytes to do).
 
     Raises:
         DifferenceError: something differs.
         CheckpointError: the folder is no finished conversion, or the source cannot be read.
     """
     root = Path(folder)
-    manifest = _read_manifest(root)
-    expected = {**{n: e["sha256"] for n, e in manifest["outputs"].items()}, **manifest["files"]}
-    _check_names(root, manifest)
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1), "ep2tp") as pool:
-        for name, digest in zip(expected, pool.map(lambda name: _digest(root / name), expected), strict=True):
-            if digest != expected[name]:
-                raise DifferenceError(f"{root / name}: SHA-256 is {digest}, the manifest says {expected[name]}")
-        if source is None:
-            return Verified(len(expected))
+    manifest = read_manifest(root)
+    opened = conversion = None
+    if source is not None:
         opened = open_source(source, root, revision, stream, Path(config) if config else None)
-        conversion = prepare(opened, manifest["ranks"], manifest["layout"])
-        tensors = _compare(root, opened, conversion, manifest["inputs"], pool)
-    return Verified(len(expected), tensors)
+        conversion = prepare(opened, manifest.ranks, manifest.layout)
+    sizes = {name: output.size for name, output in manifest.outputs.items()}
+    progress = _Progress(report, sum(sizes.values()) + (conversion.source_bytes if conversion else 0))
+    with ThreadPoolExecutor(1 if stream else workers or Options.workers, "ep2tp") as pool:
+        _check_hashes(root, manifest, pool, progress.add)
+        if opened is None or conversion is None:
+            return Verified(len(manifest.outputs) + len(manifest.files))
+        _compare_files(root, opened, conversion, manifest)
+        tensors = _compare_tensors(root, opened, conversion, manifest.inputs, pool, progress.add)
+    return Verified(len(manifest.outputs) + len(manifest.files), tensors)
 
 
-def _read_manifest(root: Path) -> Mapping[str, Any]:
-    path = root / MANIFEST
-    try:
-        manifest: Mapping[str, Any] = json.loads(path.read_bytes())
-        names = [*manifest["outputs"], *manifest["files"]]
-        is_whole = isinstance(manifest["ranks"], int) and manifest["layout"] in ("padded", "ranks")
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path}: no such file; {root} is no finished conversion (run the same ep2tp reshard again to finish it)"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        is_whole, names = False, []
-    if not is_whole or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
-        raise DifferenceError(f"{path}: damaged")
-    return manifest
+@dataclass
+class _Progress:
+    report: Report
+    total: int
+    done: int = 0
+    lock: Lock = field(default_factory=Lock)
+
+    def add(self, count: int) -> None:
+        with self.lock:
+            self.done += count
+            self.report(self.done, self.total)
 
 
-def _check_names(root: Path, manifest: Mapping[str, Any]) -> None:
+def _check_hashes(root: Path, manifest: Manifest, pool: ThreadPoolExecutor, add: Callable[[int], None]) -> None:
+    """Check every file against the manifest, and that there are no other weights."""
+    expected = {name: output.sha256 for name, output in manifest.outputs.items()} | manifest.files
     present = {path.relative_to(root).as_posix() for path in root.rglob("*.safetensors")}
-    if extra := sorted(present - set(manifest["outputs"])):
+    if extra := sorted(present - set(manifest.outputs)):
         raise DifferenceError(f"{root / extra[0]}: is not in the manifest")
+    for name, digest in zip(expected, pool.map(lambda name: _digest(root / name), expected), strict=True):
+        if digest != expected[name]:
+            raise DifferenceError(f"{root / name}: SHA-256 is {digest}, the manifest says {expected[name]}")
+        add(manifest.outputs[name].size if name in manifest.outputs else 0)
 
 
 def _digest(path: Path) -> str:
@@ -109,45 +116,58 @@ def _digest(path: Path) -> str:
         raise DifferenceError(f"{path}: missing") from None
 
 
-def _compare(
-    root: Path, source: Source, conversion: Conversion, inputs: Mapping[str, str], pool: ThreadPoolExecutor
-) -> int:
-    if (root / "config.json").read_bytes() != conversion.config:
-        raise DifferenceError(f"{root / 'config.json'}: is not the source's with the padded sizes")
-    is_padded_layout, ranks = conversion.layout == "padded", conversion.plan.ranks
-    stored: dict[tuple[str, str], StoredTensor] = {}
-    for name in conversion.sizes():
-        for tensor in read_header(root / name).tensors:
-            if stored.setdefault((name.rpartition("/")[0], tensor.name), tensor) is not tensor:
-                raise DifferenceError(f"{root / name}: {tensor.name} is stored twice")
+def _compare_files(root: Path, source: Source, conversion: Conversion, manifest: Manifest) -> None:
+    """Compare everything but the tensors' bytes: the other files, and the headers of the weight files."""
+    made = {"config.json": conversion.config} | ({INDEX: conversion.index} if conversion.index else {})
+    expected = {name: hashlib.sha256(data).hexdigest() for name, data in made.items()}
+    for name in conversion.others:
+        with source.fetch(name) as path:
+            expected[name] = _digest(path)
+    for name in sorted(expected.keys() | manifest.files.keys()):
+        if expected.get(name) != manifest.files.get(name):
+            raise DifferenceError(f"{root / name}: is not what the conversion of {source.label} writes")
+    headers = {name: header for job in conversion.jobs for name, header in job.headers.items()}
+    for name in sorted(headers.keys() | manifest.outputs.keys()):
+        header = headers.get(name, b"")
+        if name not in manifest.outputs or (root / name).open("rb").read(len(header)) != header or not header:
+            raise DifferenceError(f"{root / name}: its header is not what the conversion of {source.label} writes")
 
-    def compare_job(job: Job) -> int:
+
+def _compare_tensors(
+    root: Path,
+    source: Source,
+    conversion: Conversion,
+    inputs: Mapping[str, str],
+    pool: ThreadPoolExecutor,
+    add: Callable[[int], None],
+) -> int:
+    def compare(job: Job) -> int:
         with ExitStack() as stack:
-            files = {name: stack.enter_context(source.fetch(name)) for name in job.inputs}
-            old = open_inputs(stack, files)
-            new_files = {name: InputFile(str(root / name), 2 * BLOCK, hashes=False) for name in job.headers}
-            by_path = {root / name: file for name, file in new_files.items()}
-            for file in new_files.values():
+            old = open_inputs(stack, {name: stack.enter_context(source.fetch(name)) for name in job.inputs})
+            new = {name: InputFile(str(root / name), 2 * BLOCK, hashes=False) for name in job.headers}
+            for file in new.values():
                 stack.callback(file.close)
+            stored = {(name.rpartition("/")[0], t.name): t for name in new for t in read_header(root / name).tensors}
+            by_path = {root / name: file for name, file in new.items()}
             for origin, _ in job.items:
-                tensor = origin.tensor
-                place = conversion.plan.tensor(tensor.name, tensor.shape, tensor.dtype)
-                is_routed = place is not None and place.cut is not None and place.matrix.class_name == "routed"
-                folders = [""] if is_padded_layout else ["shared"]
-                if is_routed and not is_padded_layout:
-                    folders = [rank_folder(rank, ranks) for rank in range(ranks)]
-                slices = [stored.pop((folder, tensor.name), None) for folder in folders]
-                if None in slices:
-                    raise DifferenceError(f"{root}: {tensor.name} is missing in {folders[slices.index(None)] or root}")
-                found = [(tensor, by_path[tensor.file]) for tensor in slices if tensor is not None]
-                compare_tensor(origin, old, found, place)
+                folders = _folders_of(origin.tensor, conversion)
+                slices = [stored[folder, origin.tensor.name] for folder in folders]
+                place = conversion.plan.tensor(origin.tensor.name, origin.tensor.shape, origin.tensor.dtype)
+                compare_tensor(origin, old, [(tensor, by_path[tensor.file]) for tensor in slices], place)
+                add(origin.tensor.size)
             for name, file in old.items():
                 if file.hashes and file.digest() != inputs.get(name):
                     raise DifferenceError(f"{file.path}: is not the file that was converted; its SHA-256 differs")
         return len(job.items)
 
-    compared = sum(pool.map(compare_job, conversion.jobs))
-    if stored:
-        tensor = next(iter(stored.values()))
-        raise DifferenceError(f"{tensor.file}: {tensor.name} is not in the source")
-    return compared
+    return sum(pool.map(compare, conversion.jobs))
+
+
+def _folders_of(tensor: StoredTensor, conversion: Conversion) -> Iterable[str]:
+    """The folders in which a tensor of the source is found again."""
+    if conversion.layout == "padded":
+        return [""]
+    place = conversion.plan.tensor(tensor.name, tensor.shape, tensor.dtype)
+    is_routed = place is not None and place.cut is not None and place.matrix.class_name == "routed"
+    ranks = conversion.plan.ranks
+    return [rank_folder(rank, ranks) for rank in range(ranks)] if is_routed else [SHARED]

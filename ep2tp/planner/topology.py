@@ -29,7 +29,7 @@ def links_of_job(gpus: int) -> Links:
     except pynvml.NVMLError as error:
         return Links(False, f"no NVIDIA driver answers ({error})")
     try:
-        handles = _visible_handles(pynvml)
+        handles = visible_handles(pynvml)
         if len(handles) < gpus:
             return Links(False, f"the job needs {gpus} GPUs and this machine shows {len(handles)}")
         for (a, first), (b, second) in combinations(enumerate(handles[:gpus]), 2):
@@ -43,7 +43,8 @@ def links_of_job(gpus: int) -> Links:
         pynvml.nvmlShutdown()
 
 
-def _visible_handles(nvml: object) -> list[object]:
+def visible_handles(nvml: object) -> list[object]:
+    """NVML's handles of the GPUs that this process may use, in the order of ``CUDA_VISIBLE_DEVICES``."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = nvml.nvmlDeviceGetCount()  # type: ignore[attr-defined]
     names: Iterable[str] = map(str, range(count)) if visible is None else filter(None, visible.split(","))

