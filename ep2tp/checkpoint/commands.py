@@ -7,6 +7,7 @@ difference.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import click
 from ep2tp.errors import Ep2tpError, SettingError
 
 if TYPE_CHECKING:
-    from ep2tp.checkpoint.run import Report, Result
+    from ep2tp.checkpoint.options import Report, Result
 
 _DIFFERENT = 3
 
@@ -29,11 +30,11 @@ class _Ranks(click.ParamType[list[int]]):
     name = "ranks"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
-        try:
-            spans = [part.split("-") for part in str(value).split(",")]
-            return sorted({rank for span in spans for rank in range(int(span[0]), int(span[-1]) + 1)})
-        except ValueError:
+        spans = [re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part) for part in str(value).split(",")]
+        ranks = [range(int(span[1]), int(span[2] or span[1]) + 1) for span in spans if span]
+        if None in spans or not all(ranks):
             self.fail(f"{value!r}: write ranks as 0-3 or 0,2,5-7")
+        return sorted({rank for span in ranks for rank in span})
 
 
 def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,11 +72,11 @@ def reshard_command(source: str, destination: str, quiet: bool, as_json: bool, *
     """
     from ep2tp.checkpoint.reshard import reshard
 
-    with _progress(quiet or as_json or options["dry_run"]) as report, _errors():
-        result = reshard(source, destination, report=report, **options)
     seconds = None
-    if result.status == "planned":
-        seconds = _estimate(result, Path(source), Path(destination), options["workers"])
+    with _errors(as_json), _progress(quiet or as_json or options["dry_run"]) as report:
+        result = reshard(source, destination, report=report, **options)
+        if result.status == "planned":
+            seconds = _estimate(result, Path(source), Path(destination), options["workers"])
     _print(_summary(result, seconds), quiet, as_json, _words(result, source, destination, seconds))
 
 
@@ -89,7 +90,7 @@ def verify_command(folder: str, quiet: bool, as_json: bool, **options: Any) -> N
     from ep2tp.errors import DifferenceError
 
     try:
-        with _errors():
+        with _errors(as_json):
             found = verify(folder, **options)
     except DifferenceError as error:
         if as_json:
@@ -103,7 +104,7 @@ def verify_command(folder: str, quiet: bool, as_json: bool, **options: Any) -> N
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def _errors(as_json: bool) -> Iterator[None]:
     """Show ep2tp's errors as one line, also where the command is not run by ``ep2tp``'s own group."""
     from ep2tp.errors import DifferenceError
 
@@ -111,10 +112,11 @@ def _errors() -> Iterator[None]:
         yield
     except DifferenceError:
         raise
-    except SettingError as error:
-        raise click.UsageError(str(error)) from error
     except Ep2tpError as error:
-        raise click.ClickException(str(error)) from error
+        if as_json:
+            click.echo(json.dumps({"status": "failed", "error": str(error)}))
+        is_usage = isinstance(error, SettingError)
+        raise (click.UsageError if is_usage else click.ClickException)(str(error)) from error
 
 
 @contextmanager
@@ -138,7 +140,7 @@ def _progress(is_quiet: bool) -> Iterator[Report]:
 
 
 def _estimate(result: Result, source: Path, destination: Path, workers: int | None) -> float:
-    from ep2tp.checkpoint.run import Options
+    from ep2tp.checkpoint.options import Options
     from ep2tp.checkpoint.sample import seconds_for
 
     return seconds_for(result.conversion, source, destination, workers or Options.workers)
@@ -155,8 +157,12 @@ def _summary(result: Result, seconds: float | None) -> dict[str, Any]:
         "source_bytes": result.conversion.source_bytes,
         "written": result.written,
         "resumed": result.resumed,
-        **({} if seconds is None else {"estimated_seconds": float(f"{seconds:.3g}")}),
+        **({} if seconds is None else _dry(result, seconds)),
     }
+
+
+def _dry(result: Result, seconds: float) -> dict[str, Any]:
+    return {"disk_needed": result.needed, "disk_free": result.free, "estimated_seconds": float(f"{seconds:.3g}")}
 
 
 def _words(result: Result, source: str, destination: str, seconds: float | None) -> str:
@@ -173,6 +179,7 @@ def _words(result: Result, source: str, destination: str, seconds: float | None)
     lines = [f"{source} for {ranks} ranks, layout {conversion.layout}: " + (", ".join(fields) or "nothing is padded")]
     lines.append(f"{old / 1e9:.2f} GB -> {new / 1e9:.2f} GB ({new / old - 1:+.1%}) in {len(conversion.sizes())} files")
     if seconds is not None:
+        lines.append(f"Needs {result.needed / 1e9:.2f} GB of disk, {result.free / 1e9:.2f} GB are free.")
         lines.append(f"Dry run, nothing was written. About {seconds:.0f} s at the speed of {destination}'s disk.")
     elif result.status == "part":
         lines.append(f"Wrote {result.written / 1e9:.2f} GB; run with --finish once all ranks are there.")

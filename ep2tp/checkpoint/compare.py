@@ -8,9 +8,10 @@ from math import prod
 
 import numpy as np
 
-from ep2tp.checkpoint.header import StoredTensor, item_bytes
+from ep2tp.checkpoint.header import StoredTensor
 from ep2tp.checkpoint.origin import InputFile, Origin, read
 from ep2tp.errors import DifferenceError
+from ep2tp.model.dtypes import item_bytes
 from ep2tp.model.formats import Fill
 from ep2tp.model.sharding import TensorPlan
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
-from ep2tp.checkpoint.census import Census
-from ep2tp.checkpoint.header import StoredTensor, build_header, item_bytes
+from ep2tp.checkpoint.header import build_header
 from ep2tp.checkpoint.origin import Origin
-from ep2tp.checkpoint.runs import Target, copied, of_rank, padded
-from ep2tp.errors import CheckpointError
-from ep2tp.model.families import config_parts
+from ep2tp.checkpoint.runs import Target
 from ep2tp.model.sharding import ShardPlan
 
 Layout = Literal["padded", "ranks"]
@@ -23,7 +21,25 @@ CUTS = "ep2tp.cuts"
 """In ``__metadata__`` of a rank file: for each slice, JSON of its (axis, parts)."""
 
 
-Item = tuple[Origin, tuple[tuple[str, Target], ...]]
+@dataclass(frozen=True)
+class Recipe:
+    """What becomes of a tensor. Tensors of one kind share it.
+
+    Attributes:
+        targets: the new tensors: one that is whole, or each rank's slice.
+        is_sliced: whether they are slices.
+    """
+
+    targets: tuple[Target, ...]
+    is_sliced: bool = False
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of all that it says."""
+        return hashlib.sha256(repr(self.targets).encode()).digest()
+
+
+Item = tuple[Origin, Recipe]
 
 
 @dataclass(frozen=True)
@@ -32,27 +48,54 @@ class Job:
 
     Attributes:
         inputs: the source's files that it reads; where there are several, other jobs read (and hash) them whole.
-        items: each tensor of the source, and the tensors (output file, target) made from it, in the order of the data.
-        headers: for each output file, all that comes before its data.
+        items: each tensor of the source, and what becomes of it, in the order of the data.
+        whole: the output file of whole tensors.
+        slices: the output file of each rank's slices.
+        metadata: ``__metadata__`` of the output files.
     """
 
     inputs: tuple[str, ...]
     items: tuple[Item, ...]
-    headers: Mapping[str, bytes]
+    whole: str
+    slices: tuple[str, ...]
+    metadata: Mapping[str, str]
 
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """The output files that anything goes into."""
+        has = {recipe.is_sliced for _, recipe in self.items}
+        return (*((self.whole,) if False in has else ()), *(self.slices if True in has else ()))
+
+    def targets(self, recipe: Recipe) -> Iterable[tuple[str, Target]]:
+        """(output file, new tensor) of each tensor made by a recipe."""
+        return zip(self.slices if recipe.is_sliced else (self.whole,), recipe.targets, strict=True)
+
+    @property
+    def headers(self) -> dict[str, bytes]:
+        """For each output file, all that comes before its data. Built anew each time, as they are large."""
+        built = {is_sliced: self._header(is_sliced) for is_sliced in {recipe.is_sliced for _, recipe in self.items}}
+        return {name: built[name != self.whole] for name in self.outputs}
+
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes of each output file."""
-        sizes = {name: len(header) for name, header in self.headers.items()}
-        for _, targets in self.items:
-            for name, target in targets:
-                sizes[name] += target.size
-        return sizes
+        data = Counter[bool]()
+        for _, recipe in self.items:
+            data[recipe.is_sliced] += recipe.targets[0].size
+        return {name: len(header) + data[name != self.whole] for name, header in self.headers.items()}
 
     @property
     def is_unchanged(self) -> bool:
         """Whether its only output is its only input: the same name, and every tensor a copy."""
-        is_one_file = len(self.inputs) == 1 and list(self.inputs) == list(self.headers)
-        return is_one_file and all(target.is_copy for _, targets in self.items for _, target in targets)
+        is_one_file = self.inputs == self.outputs and len(self.inputs) == 1
+        return is_one_file and all(target.is_copy for _, recipe in self.items for target in recipe.targets)
+
+    def _header(self, is_sliced: bool) -> bytes:
+        """All ranks' files have the same, as slices are equal."""
+        new = [(origin.tensor, recipe.targets[0]) for origin, recipe in self.items if recipe.is_sliced == is_sliced]
+        cuts = {tensor.name: target.cut for tensor, target in new if target.cut}
+        noted = {**self.metadata, CUTS: json.dumps(cuts, separators=(",", ":"))} if cuts else dict(self.metadata)
+        return build_header(noted, ((tensor.name, t.dtype, t.shape, t.size) for tensor, t in new))
 
 
 @dataclass(frozen=True)
@@ -67,6 +110,8 @@ class Conversion:
         index: the new index, or None where it needs none.
         others: bytes of each file that is carried over.
         identity: what the source is.
+        left_out: weights of the source that the new checkpoint will not have: those that the index does not name, in
+            other formats, or in folders of their own.
     """
 
     plan: ShardPlan
@@ -76,10 +121,11 @@ class Conversion:
     index: bytes | None
     others: Mapping[str, int]
     identity: Mapping[str, Any]
+    left_out: tuple[str, ...] = ()
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each weight file to write."""
-        return {name: size for job in self.jobs for name, size in job.sizes().items()}
+        return {name: size for job in self.jobs for name, size in job.sizes.items()}
 
     @property
     def source_bytes(self) -> int:
@@ -93,9 +139,16 @@ class Conversion:
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides the output's bytes, but the values of the weights."""
-        headers = {n: hashlib.sha256(h).hexdigest() for job in self.jobs for n, h in job.headers.items()}
-        what = [self.identity, self.layout, self.plan.ranks, headers, self.config.decode(), self.others]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        source = {key: value for key, value in self.identity.items() if key != "path"}  # machines mount it elsewhere
+        what = [source, self.layout, self.plan.ranks, self.config.decode(), self.others]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
+        for job in self.jobs:
+            digest.update(repr(job.outputs).encode())
+            for header in dict.fromkeys(job.headers.values()):  # that of all ranks once
+                digest.update(header)
+            for _, recipe in job.items:
+                digest.update(recipe.digest)
+        return digest.hexdigest()
 
 
 def part_of(output: str) -> str:
@@ -106,106 +159,3 @@ def part_of(output: str) -> str:
 def rank_folder(rank: int, ranks: int) -> str:
     """The folder of one rank's slices."""
     return f"rank-{rank}-of-{ranks}"
-
-
-def plan_jobs(
-    files: Iterable[tuple[str, Sequence[Origin], Mapping[str, str]]], plan: ShardPlan, layout: Layout
-) -> tuple[Job, ...]:
-    """Plan the output of each of the source's files.
-
-    Args:
-        files: (name, tensors in the order of their data, metadata).
-
-    Raises:
-        CheckpointError: a tensor does not fit the plan, or scales or experts are missing.
-    """
-    seen = Census(plan)
-    jobs = []
-    for name, origins, metadata in files:
-        items = [(origin, tuple(_targets(name, origin.tensor, plan, layout, seen))) for origin in origins]
-        if not _is_aligned(items):
-            items.sort(key=lambda item: -item_bytes(item[0].tensor.dtype))
-        inputs = tuple(dict.fromkeys(part.file.name for origin in origins for part in origin.parts))
-        jobs.append(Job(inputs, tuple(items), _headers(items, metadata)))
-    seen.check()
-    return tuple(job for job in jobs if job.items)
-
-
-def new_config(config: Mapping[str, Any], plan: ShardPlan) -> bytes:
-    """config.json with the padded sizes, and nothing else changed."""
-    changed: dict[str, Any] = json.loads(json.dumps(config))
-    for part in config_parts(changed):
-        for field, (before, after) in plan.fields.items():
-            if part.get(field) == before:
-                part[field] = after  # type: ignore[index]
-    return (json.dumps(changed, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def new_index(jobs: Sequence[Job], had_index: bool) -> bytes | None:
-    """The index of the output files; None for a single file that had none."""
-    if len(jobs) == 1 and not had_index:
-        return None
-    targets = [(name, target) for job in jobs for _, found in job.items for name, target in found]
-    weight_map = {target.name: name for name, target in sorted(targets, key=lambda found: found[1].name)}
-    total = sum(target.size for _, target in targets)
-    return (json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n").encode()
-
-
-def _targets(
-    file: str, tensor: StoredTensor, plan: ShardPlan, layout: Layout, seen: Census
-) -> Iterable[tuple[str, Target]]:
-    try:
-        place = plan.tensor(tensor.name, tensor.shape, tensor.dtype)
-    except CheckpointError as error:
-        raise CheckpointError(f"{tensor.file}: {error}") from None
-    seen.note(tensor)
-    if layout == "padded":
-        yield file, copied(tensor) if place is None else padded(tensor, place)
-        return
-    matrix = plan.facts.family.classify(tensor.name)
-    is_routed = matrix is not None and matrix.class_name == "routed"
-    if is_routed and place is None:
-        raise CheckpointError(
-            f"{tensor.file}: {tensor.name}: stored in a way that ep2tp does not know, so it cannot be sliced; use "
-            "--layout padded, which leaves it as it is"
-        )
-    if place is None or not is_routed or place.cut is None:
-        yield f"{SHARED}/{file}", copied(tensor) if place is None else padded(tensor, place)
-        return
-    for rank in range(plan.ranks):
-        yield f"{rank_folder(rank, plan.ranks)}/{file}", of_rank(tensor, place, place.cut, rank)
-
-
-def _is_aligned(items: Iterable[Item]) -> bool:
-    """Whether each new tensor would begin on a multiple of its element's size, as PyTorch's reader needs."""
-    at: Counter[str] = Counter()
-    for origin, targets in items:
-        for name, target in targets:
-            if at[name] % item_bytes(origin.tensor.dtype):
-                return False
-            at[name] += target.size
-    return True
-
-
-def _headers(items: Iterable[Item], metadata: Mapping[str, str]) -> dict[str, bytes]:
-    found: dict[str, list[Target]] = {}
-    for _, targets in items:
-        for name, target in targets:
-            found.setdefault(name, []).append(target)
-    headers = {}
-    for name, new in found.items():
-        cuts = {target.name: target.cut for target in new if target.cut}
-        noted = {**metadata, CUTS: json.dumps(cuts, separators=(",", ":"))} if cuts else dict(metadata)
-        headers[name] = build_header(noted, ((t.name, t.dtype, t.shape, t.size) for t in new))
-    return headers
-
-
-def check_outputs(jobs: Iterable[Job]) -> None:
-    """Check that no two jobs write one file.
-
-    Raises:
-        CheckpointError: they do.
-    """
-    names = Counter(name for job in jobs for name in job.headers)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise CheckpointError(f"{twice[0]}: would be written twice; two of the source's files have one name")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from ep2tp.checkpoint.header import StoredTensor, parse_json
 from ep2tp.checkpoint.origin import Origin
-from ep2tp.checkpoint.reader import INDEX, read_header
+from ep2tp.checkpoint.reader import INDEX, read_header, read_text
 from ep2tp.checkpoint.source import FileTensors, LocalSource
 from ep2tp.errors import CheckpointError
 
@@ -110,6 +110,10 @@ class PartsSource:
         """See :meth:`ep2tp.checkpoint.source.Source.others`."""
         return self._local.others()
 
+    def left_out(self) -> Iterable[str]:
+        """See :meth:`ep2tp.checkpoint.source.Source.left_out`."""
+        return self._local.left_out()
+
     def fetch(self, name: str) -> AbstractContextManager[Path]:
         """See :meth:`ep2tp.checkpoint.source.Source.fetch`."""
         return self._local.fetch(name)
@@ -118,7 +122,7 @@ class PartsSource:
         """The folder's files; config.json says that there is no MTP layer."""
         if name != "config.json":
             return self._local.read_text(name)
-        config = parse_json(self._config, self._config.read_bytes())
+        config = parse_json(self._config, read_text(self._config))
         if config.get("num_nextn_predict_layers"):
             config["num_nextn_predict_layers"] = 0
         return json.dumps(config).encode()
@@ -133,7 +137,7 @@ class PartsSource:
         experts: list[list[Origin]] = [[] for _ in paths]
         shared: dict[str, tuple[int | None, list[StoredTensor]]] = {}
         for rank, path in enumerate(paths):
-            for tensor in read_header(path).tensors:
+            for tensor in read_header(self._local.inside(path)).tensors:
                 name, axis, is_expert = published_name(tensor.name)
                 if is_expert:
                     whole = StoredTensor(name, tensor.dtype, tensor.shape, path, tensor.offset, tensor.size)
@@ -149,7 +153,7 @@ class PartsSource:
         return [*found, (f"model-{count:05}-of-{count:05}.safetensors", joined, {"format": "pt"})]
 
     def _paths(self) -> list[Path]:
-        names = {path.name: _FILE.fullmatch(path.name) for path in self._local.folder.glob("*.safetensors")}
+        names = {path.name: _FILE.fullmatch(path.name) for path in self._local.weight_files}
         found = {(int(match[1]), int(match[2])): name for name, match in names.items() if match}
         ranks = max(ranks for _, ranks in found)
         for rank in range(ranks):
@@ -168,7 +172,13 @@ def _joined(name: str, axis: int | None, parts: list[StoredTensor], ranks: int) 
             f"{sorted({part.shape for part in parts})}); the checkpoint is damaged"
         )
     if axis is None or ranks == 1:
-        return Origin(StoredTensor(name, first.dtype, first.shape, first.file, first.offset, first.size), (first,))
+        whole = StoredTensor(name, first.dtype, first.shape, first.file, first.offset, first.size)
+        return Origin(whole, (first,), copies=tuple(parts[1:]))
+    if axis >= len(first.shape):
+        raise CheckpointError(
+            f"{first.file}: {first.name}: shape {list(first.shape)} has no axis {axis} along which the {ranks} parts "
+            "could be joined; the checkpoint is damaged"
+        )
     shape = tuple(size * ranks if index == axis else size for index, size in enumerate(first.shape))
     whole = StoredTensor(name, first.dtype, shape, first.file, 0, first.size * ranks)
     return Origin(whole, tuple(parts), axis)

@@ -15,20 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ep2tp.errors import CheckpointError
+from ep2tp.model.dtypes import BITS
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 
-_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
-}
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One tensor as a header describes it.
 
@@ -109,11 +102,6 @@ def build_header(metadata: dict[str, str], tensors: Iterable[tuple[str, str, tup
     return struct.pack("<Q", len(text)) + text
 
 
-def item_bytes(dtype: str) -> int:
-    """Bytes of one element; 1 for dtypes that pack several into a byte."""
-    return max(1, _BITS[dtype] // 8)
-
-
 def parse_json(file: Path, text: bytes) -> dict[str, Any]:
     """Parse a JSON object in which no name appears twice.
 
@@ -129,7 +117,8 @@ def parse_json(file: Path, text: bytes) -> dict[str, Any]:
 
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-        json.dumps(value, ensure_ascii=False).encode()  # lone surrogates have no bytes to be written as
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # lone surrogates have no bytes to be written as
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -151,9 +140,9 @@ def _tensor(file: Path, name: str, entry: Any, start: int) -> StoredTensor:
         raise CheckpointError(f"{file}: {name}: data_offsets={entry['data_offsets']!r}; expected a start and an end")
     begin, end = entry["data_offsets"]
     tensor = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), file, start + begin, end - begin)
-    if tensor.dtype not in _BITS:
-        raise CheckpointError(f"{file}: {name}: dtype {tensor.dtype!r} is none of safetensors ({', '.join(_BITS)})")
-    if tensor.size * 8 != prod(tensor.shape) * _BITS[tensor.dtype]:
+    if tensor.dtype not in BITS:
+        raise CheckpointError(f"{file}: {name}: dtype {tensor.dtype!r} is none of safetensors ({', '.join(BITS)})")
+    if tensor.size * 8 != prod(tensor.shape) * BITS[tensor.dtype]:
         raise CheckpointError(
             f"{file}: {name}: {tensor.size} bytes of data for shape {list(tensor.shape)} of {tensor.dtype}; the header "
             "contradicts itself"

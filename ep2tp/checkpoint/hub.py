@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
+from itertools import count
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from ep2tp.checkpoint.header import Header, header_length, parse_header
-from ep2tp.checkpoint.reader import INDEX, check_names, read_weight_map
-from ep2tp.checkpoint.source import MAX_TEXT, FileTensors, is_carried, origins_of
+from ep2tp.checkpoint.lock import locked
+from ep2tp.checkpoint.reader import INDEX, MAX_TEXT, check_names, read_weight_map
+from ep2tp.checkpoint.source import FileTensors, is_carried, is_weights, origins_of
 from ep2tp.errors import CheckpointError
 
 _TIMEOUT = 60  # seconds without an answer
@@ -30,7 +33,7 @@ class HubSource:
         beside: the output folder.
 
     Raises:
-        CheckpointError: the hub does not answer, or has no such model or revision.
+        CheckpointError: the hub does not answer, or has no such model or revision, or only in DeepSeek's own layout.
     """
 
     def __init__(self, repo: str, revision: str | None, beside: Path) -> None:
@@ -38,13 +41,18 @@ class HubSource:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         self.repo, self.label = repo, repo
-        self._beside = beside
+        self._beside, self._guard = beside, Lock()
         try:
             info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         except (HfHubHTTPError, HFValidationError, OSError) as error:
             raise CheckpointError(f"{repo}: no such folder, and the hub says: {error}") from None
         self.commit = str(info.sha)
         self._sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+        if INDEX not in self._sizes and any(re.fullmatch(r"model\d+-mp\d+\.safetensors", name) for name in self._sizes):
+            raise CheckpointError(
+                f"{repo}: is in DeepSeek's own layout, whose tensors are spread over all files, so it cannot be "
+                "streamed; leave --stream out"
+            )
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -76,6 +84,10 @@ class HubSource:
             raise CheckpointError(f"{self.repo}: names a file {unsafe[0]!r}; refused")
         return {name: size for name, size in sorted(self._sizes.items()) if is_carried(name)}
 
+    def left_out(self) -> Iterable[str]:
+        """See :meth:`ep2tp.checkpoint.source.Source.left_out`."""
+        return [name for name in self._sizes if is_weights(name) and name not in self._headers]
+
     def read_text(self, name: str) -> bytes | None:
         """See :meth:`ep2tp.checkpoint.source.Source.read_text`."""
         if name not in self._sizes:
@@ -94,20 +106,37 @@ class HubSource:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError
 
-        self._beside.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".ep2tp-fetch-", dir=self._beside))
-        try:
+        with self._place() as folder:
             try:
-                path = hf_hub_download(self.repo, name, revision=self.commit, local_dir=folder)
+                path = hf_hub_download(self.repo, name, revision=self.commit, cache_dir=folder)
             except (HfHubHTTPError, OSError) as error:
                 raise CheckpointError(
                     f"{self.repo}: {name}: {error}; run the same command again to go on from here"
                 ) from None
             yield Path(path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # other state is in there
-                self._beside.rmdir()
+
+    @contextmanager
+    def _place(self) -> Iterator[Path]:
+        """A folder for one file. There are as many as files were ever fetched at a time, so a killed process leaves no
+        more than that, and the next one to take its folder empties it."""
+        with ExitStack() as stack:
+            with self._guard:
+                self._beside.mkdir(parents=True, exist_ok=True)
+                for number in count():
+                    folder = self._beside / f"fetch-{number}"
+                    lock = folder.with_suffix(".lock")
+                    with suppress(BlockingIOError):  # another worker's or process's
+                        stack.enter_context(locked(lock))
+                        break
+                shutil.rmtree(folder, ignore_errors=True)
+            try:
+                yield folder
+            finally:
+                with self._guard:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    lock.unlink(missing_ok=True)
+                    with suppress(OSError):  # other state is in there
+                        self._beside.rmdir()
 
     @cached_property
     def _weight_map(self) -> dict[str, str] | None:
@@ -147,18 +176,3 @@ class HubSource:
                 f"with {len(data)} bytes. Try again, or download the model and convert the folder"
             )
         return bytes(data)
-
-
-def download(repo: str, revision: str | None) -> Path:
-    """A model as a folder in the hub's cache, downloaded where it is not there yet.
-
-    Raises:
-        CheckpointError: the hub does not answer, or has no such model or revision.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, revision=revision))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{repo}: no such folder, and the hub says: {error}") from None

@@ -1,25 +1,27 @@
-"""What a conversion has done so far, on disk beside its output: lets it resume, and keeps a second process out.
+"""What a conversion has done so far, on disk beside its output: lets it resume, and keeps other processes out.
 
-``DST/.ep2tp`` holds ``plan.json`` (what the conversion is), a small file in ``done`` for each finished output file, a
-lock for each part of the work, and files that are being written. It goes away when the manifest is written.
+``DST/.ep2tp`` holds ``plan.json`` (what the conversion is and which files it writes), a note in ``done`` for each
+finished weight file, a lock for each rank that is being written, and files that are being written. ``DST/.ep2tp.lock``
+is the lock of the whole folder: shared by processes that write some ranks each, and held alone by all who write or
+remove anything else. Both go away when the manifest is written, the lock last.
 """
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ep2tp.checkpoint.writer import write_file
+from ep2tp.checkpoint.earlier import LOCK, PLAN, STATE, check_free, load, remove_earlier
+from ep2tp.checkpoint.earlier import MANIFEST as MANIFEST
+from ep2tp.checkpoint.lock import locked
+from ep2tp.checkpoint.writer import make_folder, write_file
 from ep2tp.errors import CheckpointError
-
-STATE = ".ep2tp"
-MANIFEST = "ep2tp.json"
 
 
 class Journal:
@@ -28,111 +30,116 @@ class Journal:
     Args:
         folder: the output folder; it need not exist.
         fingerprint: what the conversion is (:meth:`Conversion.fingerprint`).
+        files: bytes of each file that the conversion writes, but the manifest.
     """
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
+    def __init__(self, folder: Path, fingerprint: str, files: Mapping[str, int]) -> None:
+        self.folder, self.fingerprint, self.files = folder, fingerprint, files
         self.state = folder / STATE
         self.temporary = self.state / "writing"
 
-    def check_free(self) -> None:
-        """Check that the folder is empty, or holds this very conversion.
-
-        Raises:
-            CheckpointError: it holds something else.
-        """
-        if not self.folder.exists():
-            return
-        if not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder}: is not a folder")
-        found = self._found_fingerprint()
-        if found is None and any(path.name != STATE for path in self.folder.iterdir()):
-            raise CheckpointError(f"{self.folder}: holds files that ep2tp did not write; name an empty or a new folder")
-        if found not in (None, self.fingerprint):
-            raise CheckpointError(
-                f"{self.folder}: holds another conversion (other source, layout or --tp); name another folder, "
-                "or replace it with --overwrite"
-            )
-
-    def clear(self) -> None:
-        """Remove what an earlier conversion wrote; files of anybody else are never touched.
-
-        Raises:
-            CheckpointError: the folder was not written by ep2tp, or a process is writing it.
-        """
-        if not self.folder.exists() or not any(self.folder.iterdir()):
-            return
-        if self._found_fingerprint() is None:
-            raise CheckpointError(
-                f"{self.folder}: was not written by ep2tp (it has no {MANIFEST}); ep2tp does not remove it"
-            )
-        self.state.mkdir(exist_ok=True)
-        with self.lock([path.stem for path in self.state.glob("*.lock")]):
-            for path in self.folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    @property
+    def is_open(self) -> bool:
+        """Whether a process is at work on the folder, or was killed at it."""
+        return (self.folder / LOCK).exists()
 
     @contextmanager
-    def lock(self, parts: Iterable[str]) -> Iterator[None]:
-        """Hold parts of the work for this process; the system lets go of them when it ends, however it ends.
+    def lock(self, parts: Collection[str] | None = None) -> Iterator[None]:
+        """Hold some parts of the work for this process, or all of it, and remove what was being written of them.
 
         Raises:
-            CheckpointError: another process holds one.
+            CheckpointError: another process holds one, or the folder cannot be written to.
         """
-        self.temporary.mkdir(parents=True, exist_ok=True)
+        busy = "it; wait for it"
         with ExitStack() as stack:
-            for part in sorted(parts):
-                handle = os.open(self.state / f"{part}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                stack.callback(os.close, handle)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise CheckpointError(
-                        f"{self.folder}: another process is writing {part!r} of it; wait for it, or take other --ranks"
-                    ) from None
+            try:
+                make_folder(self.folder)
+                stack.enter_context(locked(self.folder / LOCK, shared=parts is not None))
+                make_folder(self.temporary)
+                for part in sorted(parts or ()):
+                    busy = f"{part!r} of it; wait for it, or take other --ranks"
+                    stack.enter_context(locked(self.state / f"{part}.lock"))
+            except BlockingIOError:
+                raise CheckpointError(f"{self.folder}: another process is writing {busy}") from None
+            for path in self.leftovers(parts):
+                path.unlink(missing_ok=True)
             yield
 
-    def begin(self) -> None:
-        """Note what the conversion is. Call while a part is locked."""
-        plan = json.dumps({"fingerprint": self.fingerprint}).encode()
-        (self.state / "done").mkdir(exist_ok=True)
-        write_file(self.state / "plan.json", plan, self.temporary / f"plan-{os.uname().nodename}-{os.getpid()}")
+    def leftovers(self, parts: Collection[str] | None = None) -> list[Path]:
+        """What a process that was killed was writing of these parts; or of all, and what it had fetched."""
+        places = [self.temporary] if parts is not None else [self.temporary, *self.state.glob("fetch-*")]
+        files = [Path(folder, name) for place in places for folder, _, names in os.walk(place) for name in names]
+        return [path for path in files if parts is None or path.name.partition("__")[0] in parts]
+
+    def check_free(self, replace: bool = False) -> None:
+        """See :func:`ep2tp.checkpoint.earlier.check_free`."""
+        check_free(self.folder, self.fingerprint, self.files, replace)
+
+    def begin(self, replace: bool = False) -> None:
+        """Note what the conversion is. Call under the lock.
+
+        Args:
+            replace: first remove what an earlier conversion wrote. Call under the lock of the whole folder.
+
+        Raises:
+            CheckpointError: the folder holds something else.
+        """
+        plan = json.dumps({"fingerprint": self.fingerprint, "files": sorted(self.files)}).encode()
+        with locked(self.state / "plan.lock", wait=True):  # processes with other ranks begin at the same time
+            self.check_free(replace)
+            if replace:
+                remove_earlier(self.folder)
+            if replace or not (self.folder / PLAN).is_file():
+                write_file(self.folder / PLAN, plan, self.temporary / "plan")
+            if replace:  # only now: if it was killed before, the next one must know what to remove
+                (self.folder / MANIFEST).unlink(missing_ok=True)
 
     def record(self, output: str, size: int, digest: str, inputs: Mapping[str, str]) -> None:
         """Note that an output file is whole, with its size in bytes, its SHA-256 and that of each input."""
-        entry = {"size": size, "sha256": digest, "inputs": dict(inputs)}
-        name = output.replace("/", "__") + ".json"
-        write_file(self.state / "done" / name, json.dumps(entry).encode(), self.temporary / name)
+        note = {"output": output, "fingerprint": self.fingerprint, "size": size, "sha256": digest}
+        data, path = json.dumps(note | {"inputs": dict(inputs)}).encode(), self._note(output)
+        write_file(path, data, self.temporary / f"{output.rpartition('/')[0]}__{path.name}")
 
     def done(self, outputs: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The notes of those output files that are whole."""
         found = {}
         for output in outputs:
-            note, file = self.state / "done" / (output.replace("/", "__") + ".json"), self.folder / output
-            if note.is_file() and file.is_file():
-                entry = json.loads(note.read_bytes())
-                if file.stat().st_size == entry["size"]:
-                    found[output] = entry
+            note = load(self._note(output))
+            if note and note.get("fingerprint") == self.fingerprint and self.has(output, note["size"]):
+                found[output] = note
         return found
 
-    def manifest(self) -> dict[str, Any] | None:
-        """The manifest of a finished conversion, or None."""
-        path = self.folder / MANIFEST
-        return json.loads(path.read_bytes()) if path.is_file() else None
+    def has(self, name: str, size: int) -> bool:
+        """Whether a file is there and has so many bytes."""
+        path = self.folder / name
+        return path.is_file() and path.stat().st_size == size
+
+    def is_finished(self) -> bool:
+        """Whether this conversion is finished.
+
+        Raises:
+            CheckpointError: it is, but a file that it wrote is missing or has another size.
+        """
+        manifest = load(self.folder / MANIFEST)
+        if manifest is None or manifest.get("fingerprint") != self.fingerprint:
+            return False
+        if wrong := [name for name, size in self.files.items() if not self.has(name, size)]:
+            raise CheckpointError(
+                f"{self.folder / wrong[0]}: is missing or not as long as ep2tp wrote it ({len(wrong)} such files), and "
+                f"{MANIFEST} says that the conversion is finished; convert again with --overwrite"
+            )
+        return True
 
     def finish(self, manifest: bytes) -> None:
-        """Write the manifest, which makes the conversion finished, and remove the state."""
+        """Write the manifest, which makes the conversion finished. Call as the last thing under the whole lock."""
         write_file(self.folder / MANIFEST, manifest, self.temporary / MANIFEST)
         self.remove_state()
 
     def remove_state(self) -> None:
-        """Remove the state of a finished conversion."""
+        """Remove the state of a finished conversion. Call as the last thing under the whole lock."""
         shutil.rmtree(self.state, ignore_errors=True)
+        (self.folder / LOCK).unlink(missing_ok=True)
 
-    def _found_fingerprint(self) -> str | None:
-        for path in (self.folder / MANIFEST, self.state / "plan.json"):
-            if path.is_file():
-                try:
-                    return str(json.loads(path.read_bytes()).get("fingerprint"))
-                except (ValueError, AttributeError):
-                    raise CheckpointError(f"{path}: damaged; name another folder") from None
-        return None
+    def _note(self, output: str) -> Path:
+        """Where a note is; its name is short however long the output's is."""
+        return self.state / "done" / f"{hashlib.sha256(output.encode()).hexdigest()}.json"

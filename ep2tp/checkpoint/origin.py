@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ep2tp.checkpoint.header import StoredTensor, item_bytes
+from ep2tp.checkpoint.header import StoredTensor
 from ep2tp.errors import CheckpointError
+from ep2tp.model.dtypes import item_bytes
 
 WINDOW = 8 << 20
 """Bytes that one worker reads at a time."""
@@ -27,11 +28,13 @@ class Origin:
         tensor: name, dtype and shape as the new checkpoint has them before padding.
         parts: the stored tensors that make it up.
         axis: the axis along which the parts lie one after the other: 0 or 1.
+        copies: stored tensors that must equal the only part, byte for byte.
     """
 
     tensor: StoredTensor
     parts: tuple[StoredTensor, ...]
     axis: int = 0
+    copies: tuple[StoredTensor, ...] = ()
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -112,10 +115,21 @@ def step_of(origin: Origin, row: int) -> int:
 
 
 def read(origin: Origin, files: Mapping[str, InputFile], start: int, size: int) -> memoryview[Any]:
-    """``size`` bytes of a tensor from byte ``start``; at most :data:`WINDOW`."""
+    """``size`` bytes of a tensor from byte ``start``; at most :data:`WINDOW`.
+
+    Raises:
+        CheckpointError: a copy of the tensor holds other bytes.
+    """
     if len(origin.parts) == 1:
         part = origin.parts[0]
-        return files[part.file.name].view(part.offset + start, size)
+        data = files[part.file.name].view(part.offset + start, size)
+        for copy in origin.copies:
+            if not np.array_equal(files[copy.file.name].view(copy.offset + start, size), data):
+                raise CheckpointError(
+                    f"{copy.file}: {copy.name}: differs from the one in {part.file.name}, which should be the same; "
+                    "the checkpoint is damaged"
+                )
+        return data
     row = sum(origin.rows)
     joined = np.empty(size, np.uint8)
     done = 0

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ep2tp.checkpoint.conversion import (
-    Conversion,
-    Layout,
-    check_outputs,
-    new_config,
-    new_index,
-    plan_jobs,
-)
+from ep2tp.checkpoint.config_files import new_config, new_index
+from ep2tp.checkpoint.conversion import Conversion, Layout
 from ep2tp.checkpoint.deepseek_parts import PartsSource, is_parts
+from ep2tp.checkpoint.earlier import MANIFEST, STATE
 from ep2tp.checkpoint.header import parse_json
-from ep2tp.checkpoint.hub import HubSource, download
-from ep2tp.checkpoint.journal import STATE
+from ep2tp.checkpoint.hub import HubSource
+from ep2tp.checkpoint.hub_cache import download
+from ep2tp.checkpoint.jobs import check_outputs, plan_jobs
 from ep2tp.checkpoint.reader import INDEX
-from ep2tp.checkpoint.source import LocalSource, Source
+from ep2tp.checkpoint.source import UNREAD, LocalSource, Source
 from ep2tp.errors import CheckpointError, ModelError
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import load_families
@@ -46,7 +42,9 @@ def open_source(
         return PartsSource(folder, config) if is_parts(folder) else LocalSource(folder)
     if folder.is_absolute() or str(source).startswith("."):
         return LocalSource(folder)  # says that there is no such folder
-    return HubSource(str(source), revision, beside / STATE) if stream else LocalSource(download(str(source), revision))
+    if stream:
+        return HubSource(str(source), revision, beside / STATE)
+    return open_source(download(str(source), revision, UNREAD), beside, config=config)
 
 
 def prepare(source: Source, tp: int, layout: Layout) -> Conversion:
@@ -72,9 +70,12 @@ def prepare(source: Source, tp: int, layout: Layout) -> Conversion:
             )
     plan = plan_shards(facts, tp)
     jobs = plan_jobs(source.files(), plan, layout)
-    check_outputs(jobs)
+    others = source.others()
+    ours = ("config.json", INDEX, MANIFEST)
+    check_outputs([*(name for job in jobs for name in job.outputs), *others, *ours])
     index = new_index(jobs, source.read_text(INDEX) is not None) if layout == "padded" else None
-    return Conversion(plan, layout, jobs, new_config(config, plan), index, source.others(), source.identity())
+    config_text, left_out = new_config(config, plan), tuple(sorted(source.left_out()))
+    return Conversion(plan, layout, jobs, config_text, index, others, source.identity(), left_out)
 
 
 def _facts(config: dict[str, object], label: str) -> ModelFacts:

@@ -11,6 +11,8 @@ from ep2tp.errors import CheckpointError
 from ep2tp.model.sharding import ShardPlan
 
 INDEX = "model.safetensors.index.json"
+MAX_TEXT = 100_000_000
+"""Bytes that ep2tp reads of a JSON file."""
 
 
 def check_folder(folder: Path, plan: ShardPlan) -> None:
@@ -45,18 +47,35 @@ def checkpoint_files(folder: Path) -> list[Path]:
         CheckpointError: see :func:`stored_tensors`.
     """
     index = folder / INDEX
-    if not index.is_file():
+    return listed_files(folder, read_weight_map(index, read_text(index)) if index.is_file() else None)
+
+
+def listed_files(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
+    """Like :func:`checkpoint_files`, with the index already read; None where there is none."""
+    if weight_map is None:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder}: holds no .safetensors file; ep2tp reads safetensors checkpoints")
+        if odd := [file for file in files if not file.is_file()]:
+            raise CheckpointError(f"{odd[0]}: is no regular file, though named as one with weights; remove it")
         return files
-    names = set(read_weight_map(index, index.read_bytes()).values())
-    missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing:
+    names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"{index}: names {missing[0]} ({len(missing)} such files), which is missing; fetch it again"
+            f"{folder / INDEX}: names {missing[0]} ({len(missing)} such files), which is missing; fetch it again"
         )
-    return [folder / name for name in sorted(names)]
+    return [folder / name for name in names]
+
+
+def read_text(path: Path) -> bytes:
+    """A JSON file.
+
+    Raises:
+        CheckpointError: it is larger than any such file is.
+    """
+    if path.stat().st_size > MAX_TEXT:
+        raise CheckpointError(f"{path}: larger than {MAX_TEXT} bytes; refused")
+    return path.read_bytes()
 
 
 def read_weight_map(index: Path, text: bytes) -> dict[str, str]:
@@ -68,7 +87,10 @@ def read_weight_map(index: Path, text: bytes) -> dict[str, str]:
     weight_map: Any = parse_json(index, text).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no object 'weight_map'; it does not say which file holds which tensor")
+    checked: set[str] = set()
     for tensor, name in weight_map.items():
+        if isinstance(name, str) and name in checked:
+            continue
         is_plain = (
             isinstance(name, str) and name and Path(name).name == name and name not in (".", "..") and "\0" not in name
         )
@@ -76,6 +98,7 @@ def read_weight_map(index: Path, text: bytes) -> dict[str, str]:
             raise CheckpointError(f"{index}: {tensor} is said to be in {name!r}, outside of {index.parent}; refused")
         if not name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: {tensor} is said to be in {name!r}; ep2tp reads .safetensors files only")
+        checked.add(name)
     return weight_map
 
 

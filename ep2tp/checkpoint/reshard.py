@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ep2tp.checkpoint.conversion import Layout
-from ep2tp.checkpoint.destination import check_destination
+from ep2tp.checkpoint.destination import check_destination, check_names
 from ep2tp.checkpoint.journal import Journal
+from ep2tp.checkpoint.options import Options, Report, Result
 from ep2tp.checkpoint.prepare import open_source, prepare
-from ep2tp.checkpoint.run import Options, Report, Result, Run
-from ep2tp.errors import SettingError
+from ep2tp.checkpoint.reader import INDEX
+from ep2tp.checkpoint.run import Run
+from ep2tp.errors import CheckpointError, SettingError
 
 
 def reshard(
@@ -39,10 +41,10 @@ def reshard(
         layout: ``padded`` writes a Hugging Face checkpoint for any engine, ``ranks`` a folder per rank for ep2tp's own
             load format.
         ranks, finish, link, workers: see :class:`Options`.
-        overwrite: replace what an earlier conversion wrote to ``destination``.
+        overwrite: first remove what an earlier conversion wrote to ``destination``, and nothing else.
         dry_run: check and plan everything, write nothing.
         revision: branch, tag or commit on the hub.
-        stream: hold one input file at a time on disk (with one worker).
+        stream: hold one input file of a hub model at a time on disk (with one worker).
         config: config.json of a source that has none (DeepSeek's own layout).
         report: called as the work goes on.
 
@@ -56,38 +58,25 @@ def reshard(
     Example:
         >>> reshard("DeepSeek-V2-Lite-FP8", "DeepSeek-V2-Lite-FP8-tp2", tp=2)  # doctest: +SKIP
     """
-    options = Options(
-        None if ranks is None else tuple(sorted(set(ranks))), finish, link, 1 if stream else workers or Options.workers
-    )
-    _check_options(options, tp, layout)
-    opened = open_source(source, Path(destination), revision, stream, Path(config) if config else None)
-    conversion = prepare(opened, tp, layout)
-    if dry_run:
-        return Result(conversion, "planned")
-    if layout == "padded" and conversion.is_same and not link:
-        return Result(conversion, "unneeded")
+    chosen = None if ranks is None else tuple(sorted(set(ranks)))
+    options = Options(chosen, finish, link, overwrite, 1 if stream else workers or Options.workers)
+    options.check(tp, layout)
+    if stream and Path(source).is_dir():
+        raise SettingError(f"stream is for models on the hub; {source} is a folder, of which nothing is fetched")
     folder = Path(destination)
-    check_destination(source, folder)
-    journal = Journal(folder, conversion.fingerprint())
-    if overwrite:
-        journal.clear()
-    journal.check_free()
-    if journal.manifest() is not None:
-        journal.remove_state()
-        return Result(conversion, "complete")
-    return Run(opened, conversion, journal, options, report).run()
-
-
-def _check_options(options: Options, tp: int, layout: Layout) -> None:
-    if tp < 1:
-        raise SettingError(f"tp={tp}: must be at least 1")
-    if layout not in ("padded", "ranks"):
-        raise SettingError(f"layout={layout!r}: must be 'padded' or 'ranks'")
-    if layout == "padded" and (options.ranks is not None or options.finish):
-        raise SettingError("ranks and finish are for layout 'ranks'")
-    if options.finish and options.ranks is not None:
-        raise SettingError("finish comes after all ranks are there; give one of ranks and finish")
-    if options.ranks is not None and (not options.ranks or min(options.ranks) < 0 or max(options.ranks) >= tp):
-        raise SettingError(f"ranks={list(options.ranks)}: must be in 0..{tp - 1}")
-    if options.link and layout == "ranks":
-        raise SettingError("link is for layout 'padded'; every file of layout 'ranks' is new")
+    try:
+        opened = open_source(source, folder, revision, stream, Path(config) if config else None)
+        conversion = prepare(opened, tp, layout)
+        if layout == "padded" and conversion.is_same and not link:
+            return Result(conversion, "unneeded")
+        files = conversion.sizes() | dict(conversion.others) | {"config.json": len(conversion.config)}
+        if conversion.index is not None:
+            files[INDEX] = len(conversion.index)
+        check_destination(source, folder)
+        check_names(folder, files)
+        run = Run(opened, conversion, Journal(folder, conversion.fingerprint(), files), options, report)
+        return run.plan() if dry_run else run.run()
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or folder}: {error.strerror or error}; what is done so far is kept"
+        ) from None

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from ep2tp.checkpoint.header import StoredTensor, item_bytes
+from ep2tp.checkpoint.header import StoredTensor
 from ep2tp.layout.shard import Cut, Run, padded_shape, rank_shape
+from ep2tp.model.dtypes import item_bytes
 from ep2tp.model.formats import Fill
 from ep2tp.model.sharding import TensorPlan
-
-_INTEGERS = {"I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class Target:
         cut: (sliced axis, parts) of one rank's slice; None for whole tensors.
     """
 
-    name: str
     dtype: str
     shape: tuple[int, ...]
     rows: int
@@ -53,7 +51,7 @@ class Target:
 def copied(tensor: StoredTensor) -> Target:
     """The tensor as it is."""
     size = tensor.size
-    return Target(tensor.name, tensor.dtype, tensor.shape, 1, size, size, (Run(0, 0, size),))
+    return Target(tensor.dtype, tensor.shape, 1, size, size, (Run(0, 0, size),))
 
 
 def padded(tensor: StoredTensor, place: TensorPlan) -> Target:
@@ -82,7 +80,6 @@ def _sliced(tensor: StoredTensor, place: TensorPlan, cut: Cut, runs: Sequence[Ru
     inner = prod(shape[cut.axis + 1 :]) * item_bytes(tensor.dtype)
     in_bytes = tuple(Run(run.source * inner, run.target * inner, run.count * inner) for run in runs)
     return Target(
-        tensor.name,
         tensor.dtype,
         shape,
         rows,
@@ -95,24 +92,22 @@ def _sliced(tensor: StoredTensor, place: TensorPlan, cut: Cut, runs: Sequence[Ru
 
 def _shape_values(tensor: StoredTensor, place: TensorPlan) -> Target:
     """``weight_shape`` of packed integers: the logical [rows, columns]; the intermediate size is rewritten."""
-    size = _INTEGERS[tensor.dtype]
+    size = item_bytes(tensor.dtype)
     other, ours = (0, size) if place.matrix.role == "down" else (size, 0)
     before, after = (value.to_bytes(size, "little") for value in (place.split.size, place.split.padded))
     kept = (Run(other, other, size),)
-    return Target(tensor.name, tensor.dtype, tensor.shape, 1, 2 * size, 2 * size, kept, after, check=(ours, before))
+    return Target(tensor.dtype, tensor.shape, 1, 2 * size, 2 * size, kept, after, check=(ours, before))
 
 
 def _group_index(tensor: StoredTensor, place: TensorPlan, start: int, stop: int) -> Target:
     """``g_idx`` of GPTQ: the number of each column's group."""
     scales = place.format.component(".scales")
     assert scales is not None and scales.cols is not None
-    group, size = scales.cols.per, _INTEGERS[tensor.dtype]
+    group, size = scales.cols.per, item_bytes(tensor.dtype)
 
     def values(first: int, last: int) -> bytes:
         return b"".join((column // group).to_bytes(size, "little") for column in range(first, last))
 
     expected, literal = values(0, tensor.shape[0]), values(start, stop)
     shape = (stop - start,)
-    return Target(
-        tensor.name, tensor.dtype, shape, 1, tensor.size, len(literal), (), check=(0, expected), literal=literal
-    )
+    return Target(tensor.dtype, shape, 1, tensor.size, len(literal), (), check=(0, expected), literal=literal)

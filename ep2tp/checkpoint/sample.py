@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ep2tp.checkpoint.conversion import Conversion
 from ep2tp.checkpoint.destination import existing_parent
+from ep2tp.errors import CheckpointError
 
 _SAMPLE = 64 << 20  # bytes
 _BLOCK = 1 << 20
@@ -21,13 +22,20 @@ def seconds_for(conversion: Conversion, source: Path, destination: Path, workers
 
     The disks' is reading everything and then writing everything, as on one disk; the cores' is SHA-256 of both, on as
     many as there are workers. Reading counts only where ``source`` is a folder: nothing is fetched for a sample.
+
+    Raises:
+        CheckpointError: a disk is full or fails.
     """
     new, old = sum(conversion.sizes().values()), conversion.source_bytes
-    disks = new / _rate(lambda data: _write(data, existing_parent(destination)))
     inputs = [source / name for job in conversion.jobs for name in job.inputs]
-    if source.is_dir():
-        largest = max(inputs, key=lambda path: path.stat().st_size)
-        disks += old / _rate(lambda _: _read(largest))
+    place = existing_parent(destination)
+    try:
+        disks = new / _rate(lambda data: _write(data, place))
+        if source.is_dir():
+            largest = max(inputs, key=lambda path: path.stat().st_size)
+            disks += old / _rate(lambda _: _read(largest))
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or place}: {error.strerror} while a sample was measured") from None
     cores = (old + new) / _rate(_hash) / min(workers, os.cpu_count() or 1)
     return max(disks, cores)
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from ep2tp.checkpoint.header import Header
+from ep2tp.checkpoint.hub_cache import blob_folders, model_of
 from ep2tp.checkpoint.origin import Origin
-from ep2tp.checkpoint.reader import INDEX, check_names, checkpoint_files, read_header, read_weight_map
+from ep2tp.checkpoint.reader import INDEX, check_names, listed_files, read_header, read_text, read_weight_map
 from ep2tp.errors import CheckpointError
 
-MAX_TEXT = 100_000_000
-"""Bytes that ep2tp reads of a JSON file."""
-
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".pkl")
+UNREAD = [*(f"*{suffix}" for suffix in _OTHER_WEIGHTS), "*/*.safetensors"]
+"""Patterns of files that ep2tp neither reads nor carries over; the last is of other copies of a model's weights."""
 
 FileTensors = tuple[str, Sequence[Origin], Mapping[str, str]]
 """(name of the new file, its tensors in the order of their data, its metadata)."""
@@ -41,6 +42,9 @@ class Source(Protocol):
 
     def others(self) -> dict[str, int]:
         """Bytes of each file that is carried over as it is, by path relative to the checkpoint."""
+
+    def left_out(self) -> Iterable[str]:
+        """Weights beside those of :meth:`files`, which no new checkpoint will have."""
 
     def read_text(self, name: str) -> bytes | None:
         """A small file, or None where there is none."""
@@ -67,8 +71,10 @@ class LocalSource:
         self.scratch = 0
 
     def identity(self) -> dict[str, Any]:
-        """The folder, and each weight file's size and time of change."""
-        stats = {file.name: file.stat() for file in checkpoint_files(self.folder)}
+        """The folder, and each weight file's size and time of change; of a model in the hub's cache, its commit."""
+        if model := model_of(self.folder):
+            return dict(model)
+        stats = {file.name: file.stat() for file in self.weight_files}
         return {
             "path": str(self.folder),
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
@@ -80,9 +86,18 @@ class LocalSource:
         Raises:
             CheckpointError: a header, the index or a link is not to be trusted.
         """
-        headers = {file.name: read_header(self._inside(file)) for file in checkpoint_files(self.folder)}
+        headers = {file.name: read_header(self.inside(file)) for file in self.weight_files}
         check_names(self.label, headers.values(), self.weight_map())
         return [(name, origins_of(header), header.metadata) for name, header in headers.items()]
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights.
+
+        Raises:
+            CheckpointError: there are none, the index is not to be trusted, or one that it names is missing.
+        """
+        return listed_files(self.folder, self.weight_map())
 
     def weight_map(self) -> Mapping[str, str] | None:
         """The index, where there is one."""
@@ -91,15 +106,20 @@ class LocalSource:
 
     def others(self) -> dict[str, int]:
         """See :meth:`Source.others`: all but weights, the index, hidden files and what ep2tp writes itself."""
-        found = {}
+        return {name: self.inside(self.folder / name).stat().st_size for name in self._names() if is_carried(name)}
+
+    def left_out(self) -> Iterable[str]:
+        """See :meth:`Source.left_out`."""
+        weights = {file.name for file in self.weight_files}
+        return [name for name in self._names() if is_weights(name) and name not in weights]
+
+    def _names(self) -> Iterator[str]:
         for folder, folders, files in os.walk(self.folder):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 path = Path(folder) / name
-                relative = path.relative_to(self.folder).as_posix()
-                if is_carried(relative) and path.is_file():
-                    found[relative] = self._inside(path).stat().st_size
-        return found
+                if path.is_file():
+                    yield path.relative_to(self.folder).as_posix()
 
     def read_text(self, name: str) -> bytes | None:
         """See :meth:`Source.read_text`.
@@ -110,20 +130,21 @@ class LocalSource:
         path = self.folder / name
         if not path.is_file():
             return None
-        if self._inside(path).stat().st_size > MAX_TEXT:
-            raise CheckpointError(f"{path}: larger than {MAX_TEXT} bytes; refused")
-        return path.read_bytes()
+        return read_text(self.inside(path))
 
     @contextmanager
     def fetch(self, name: str) -> Iterator[Path]:
         """The file itself."""
-        yield self._inside(self.folder / name)
+        yield self.inside(self.folder / name)
 
-    def _inside(self, path: Path) -> Path:
-        """``path``, unless it leads out of the folder. The hub cache links each file to ../../blobs, which is fine."""
+    def inside(self, path: Path) -> Path:
+        """``path``, unless it leads out of the folder. The hub's cache links each file to its blobs, which is fine.
+
+        Raises:
+            CheckpointError: it leads out.
+        """
         real = path.resolve()
-        blobs = self.folder.parents[1] / "blobs" if self.folder.parent.name == "snapshots" else self.folder
-        if self.folder not in real.parents and blobs not in real.parents:
+        if not any(root in real.parents for root in (self.folder, *blob_folders(self.folder))):
             raise CheckpointError(f"{path}: leads to {real}, outside of {self.folder}; refused")
         return path
 
@@ -135,7 +156,14 @@ def origins_of(header: Header) -> list[Origin]:
 
 def is_carried(name: str) -> bool:
     """Whether a file is carried over to the new checkpoint as it is."""
-    path = PurePosixPath(name)
-    is_hidden = any(part.startswith(".") for part in path.parts)
     is_ours = name in ("config.json", INDEX, "ep2tp.json")
-    return not (is_hidden or is_ours or path.suffix in _WEIGHT_SUFFIXES or name.endswith(".index.json"))
+    return not (_is_hidden(name) or is_ours or is_weights(name) or name.endswith(".index.json"))
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file holds weights, by its name."""
+    return PurePosixPath(name).suffix in (".safetensors", *_OTHER_WEIGHTS) and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)

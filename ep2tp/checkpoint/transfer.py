@@ -40,11 +40,12 @@ def run_job(
     with ExitStack() as stack:
         files = open_inputs(stack, inputs)
         writers = {name: ShardWriter(temporary / name.replace("/", "__")) for name in outputs}
+        headers = job.headers
         for name, writer in writers.items():
             stack.callback(writer.close)
-            writer.write(job.headers[name])
-        for origin, targets in job.items:
-            wanted = [(writers[name], target) for name, target in targets if name in writers]
+            writer.write(headers[name])
+        for origin, recipe in job.items:
+            wanted = [(writers[name], target) for name, target in job.targets(recipe) if name in writers]
             _transfer(origin, files, wanted, progress)
         digests = {name: file.digest() for name, file in files.items() if file.hashes}
         return digests, {name: writer.commit(folder / name) for name, writer in writers.items()}
@@ -60,16 +61,16 @@ def _transfer(
         count = min(step, size - at)
         data = read(origin, files, at, count) if wanted else memoryview(b"")
         for (writer, target), start in zip(wanted, starts, strict=True):
+            if target.check is not None:
+                _check(origin.tensor.name, target.check, data, at)
             _append(writer, target, data, at, start)
         progress(count)
     for (writer, target), start in zip(wanted, starts, strict=True):
-        assert writer.position == start + target.size, target.name
+        assert writer.position == start + target.size, origin.tensor.name
 
 
 def _append(writer: ShardWriter, target: Target, data: memoryview, at: int, start: int) -> None:
     """Append what ``target`` needs of the source's bytes ``at`` and following; the tensor began at ``start``."""
-    if target.check is not None:
-        _check(target, data, at)
     if target.literal is not None:
         if at == 0:
             writer.write(target.literal)
@@ -108,13 +109,12 @@ def _append_runs(writer: ShardWriter, target: Target, data: memoryview, at: int,
             writer.fill(target.fill, row + target.target_row - writer.position)
 
 
-def _check(target: Target, data: memoryview, at: int) -> None:
-    assert target.check is not None
-    position, expected = target.check
+def _check(name: str, check: tuple[int, bytes], data: memoryview, at: int) -> None:
+    position, expected = check
     first, last = max(position, at), min(position + len(expected), at + len(data))
     if first < last and data[first - at : last - at] != expected[first - position : last - position]:
         raise CheckpointError(
-            f"{target.name}: holds {data[first - at : last - at][:16].hex()}..., which the config does not lead to "
+            f"{name}: holds {data[first - at : last - at][:16].hex()}..., which the config does not lead to "
             f"({expected[first - position :][:16].hex()}... expected); its groups or its shape are not as "
             "quantization_config says, so it cannot be padded"
         )

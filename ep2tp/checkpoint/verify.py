@@ -23,10 +23,10 @@ from ep2tp.checkpoint.compare import BLOCK, compare_tensor
 from ep2tp.checkpoint.conversion import SHARED, Conversion, Job, rank_folder
 from ep2tp.checkpoint.header import StoredTensor
 from ep2tp.checkpoint.manifest import Manifest, read_manifest
+from ep2tp.checkpoint.options import Options, Report
 from ep2tp.checkpoint.origin import InputFile, open_inputs
 from ep2tp.checkpoint.prepare import open_source, prepare
 from ep2tp.checkpoint.reader import INDEX, read_header
-from ep2tp.checkpoint.run import Options, Report
 from ep2tp.checkpoint.source import Source
 from ep2tp.errors import DifferenceError
 

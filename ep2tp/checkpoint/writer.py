@@ -65,7 +65,7 @@ class ShardWriter:
         self._flush()
         os.fsync(self._file)
         self.close()
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         self.path.rename(target)
         sync_folder(target.parent)
         return self.position, self._hash.hexdigest()
@@ -131,6 +131,14 @@ def copy_file(source: Path, target: Path, temporary: Path) -> str:
         raise CheckpointError(f"{source} -> {target}: {error.strerror}; what is done so far is kept") from None
     finally:
         writer.close()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, durably, where they are not there."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ep2tp.errors import CheckpointError
 from ep2tp.layout.shard import padded_shape
-from ep2tp.model.formats import Fill, Format
+from ep2tp.model.formats import WEIGHT_SUFFIXES, Fill, Format
 from ep2tp.model.sharding import ShardPlan, TensorPlan
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _check_scales(modules: Mapping[str, tuple[Format, set[str]]]) -> None:
         module: names
         for module, (stored, found) in modules.items()
         for names in stored.required
-        if found & _WEIGHTS and not found.intersection(names)
+        if found & WEIGHT_SUFFIXES and not found.intersection(names)
     }
     if missing:
         module = min(missing)
@@ -121,6 +121,3 @@ def _check_scales(modules: Mapping[str, tuple[Format, set[str]]]) -> None:
             f"{module}: no {' or '.join(missing[module])} in the checkpoint ({len(missing)} such modules); its weights "
             "are quantised and mean nothing without scales"
         )
-
-
-_WEIGHTS = frozenset({".weight", ".weight_packed", ".qweight", "_blocks", ""})

@@ -21,6 +21,9 @@ _EXPERT_COUNTS = (
     "moe_num_experts",
     "num_routed_experts",
 )
+# Far beyond any model: a config that says more is damaged, and would keep ep2tp busy for hours.
+_LARGEST_SIZE = 1 << 24
+_LARGEST_COUNT = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -127,14 +130,15 @@ def read_facts(config: Mapping[str, Any], family: Family, matched_by: str, sourc
     """Read a model's facts from its config with the help of its family's patch.
 
     Raises:
-        ModelError: a field that the patch names is missing or not a positive integer.
+        ModelError: a field that the patch names is missing, no positive integer, or beyond any model's.
     """
     fields = family.fields
     part = _part_with(config, fields.routed.field, family, source)
     reader = _Reader(part, source)
     quantization = read_quantization(config if "quantization_config" in config else part)
-    layers = reader.positive(fields.layers)
+    layers = reader.positive(fields.layers, _LARGEST_COUNT)
     hidden = reader.positive(fields.hidden)
+    has_expert_hidden = fields.expert_hidden is not None and reader.value(fields.expert_hidden)
     sizes: list[tuple[ClassName, Size | None, Tensors | None]] = [
         ("routed", fields.routed, family.tensors.routed),
         ("shared", fields.shared, family.tensors.shared),
@@ -156,12 +160,12 @@ def read_facts(config: Mapping[str, Any], family: Family, matched_by: str, sourc
         matched_by=matched_by,
         config=config,
         hidden=hidden,
-        expert_hidden=reader.value(fields.expert_hidden or ()) or hidden,
+        expert_hidden=reader.positive(fields.expert_hidden or ()) if has_expert_hidden else hidden,
         layers=layers,
         heads=reader.positive(("num_attention_heads",)),
         kv_heads=kv_heads,
         vocabulary=part.get("vocab_size"),
-        experts=reader.positive(fields.experts),
+        experts=reader.positive(fields.experts, _LARGEST_COUNT),
         top_k=reader.positive(fields.top_k),
         classes=tuple(classes),
         quantization=quantization,
@@ -207,10 +211,10 @@ class _Reader:
         needed = (size.field, size.times, size.only_if)
         return all(self.value(names) for names in needed if names is not None)
 
-    def positive(self, names: tuple[str, ...]) -> int:
+    def positive(self, names: tuple[str, ...], most: int = _LARGEST_SIZE) -> int:
         value = self.value(names)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
             raise ModelError(
-                f"{self.source}: config.json has {self.name(names)}={value!r}; expected a positive integer"
+                f"{self.source}: config.json has {self.name(names)}={value!r}; expected a positive integer up to {most}"
             )
         return value

@@ -16,6 +16,8 @@ from enum import StrEnum
 from math import lcm
 
 FLOAT_DTYPES = ("F32", "F16", "BF16")
+WEIGHT_SUFFIXES = frozenset({".weight", ".weight_packed", ".qweight", "_blocks", ""})
+"""What follows a module's name in the names of its weights, in any format; all else are scales, biases and numbers."""
 
 
 class Fill(StrEnum):

@@ -40,11 +40,13 @@ def read_quantization(config: Config) -> Quantization:
         config: the parsed config; ``quantization_config`` (or ``compression_config``) may be absent.
 
     Raises:
-        ModelError: the quantization_config contradicts itself or lacks a size that slicing needs.
+        ModelError: the quantization_config contradicts itself, lacks a size that slicing needs, or is not of the types
+            that its method defines.
     """
     quant = config.get("quantization_config") or config.get("compression_config")
     if quant is None:
         return Quantization("none", lambda module: PLAIN)
+    _mapping(quant, "quantization_config")
     method = str(quant.get("quant_method", "")).lower().replace("_", "-")
     reader = _READERS.get(method)
     if reader is None:
@@ -77,28 +79,26 @@ def _fp8(quant: Config, config: Config) -> Chooser:
 
 
 def _compressed_tensors(quant: Config, config: Config) -> Chooser:
-    groups = [
-        (tuple(group.get("targets") or ()), _compressed_group(name, group, quant))
-        for name, group in (quant.get("config_groups") or {}).items()
-    ]
-    ignored = tuple(quant.get("ignore") or ())
+    found = _mapping(quant.get("config_groups") or {}, "config_groups")
+    groups = {name: _mapping(group, f"config_groups.{name}") for name, group in found.items()}
+    formats_of = {name: _compressed_group(name, group, quant) for name, group in groups.items()}
+    targets = [(_targets(group, "targets"), formats_of[name]) for name, group in groups.items()]
+    default = next((formats_of[n] for n, group in groups.items() if "Linear" in _names(group, "targets")), PLAIN)
+    is_ignored = _targets(quant, "ignore")
 
     def choose(module: str) -> Format | None:
-        if any(_matches_target(module, target) for target in ignored):
+        if is_ignored(module):
             return PLAIN
-        for targets, stored in groups:
-            if any(_matches_target(module, target) for target in targets):
-                return stored
         # A target that names the module beats one that names its class, whichever group comes first.
-        return next((stored for targets, stored in groups if "Linear" in targets), PLAIN)
+        return next((stored for is_target, stored in targets if is_target(module)), default)
 
     return choose
 
 
 def _compressed_group(name: str, group: Config, quant: Config) -> Format | None:
-    weights = group.get("weights")
-    if not weights:
+    if not group.get("weights"):
         return PLAIN
+    weights = _mapping(group["weights"], f"config_groups.{name}.weights")
     bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
     packing = str(group.get("format") or quant.get("format") or "")
     size = weights.get("group_size")
@@ -122,7 +122,7 @@ def _compressed_group(name: str, group: Config, quant: Config) -> Format | None:
 
 
 def _modelopt(quant: Config, config: Config) -> Chooser:
-    quant = quant.get("quantization", quant)
+    quant = _mapping(quant.get("quantization", quant), "quantization")
     algorithm = str(quant.get("quant_algo", "")).upper()
     stored = {
         "NVFP4": formats.nvfp4(),
@@ -180,21 +180,39 @@ _READERS: dict[str, Callable[[Config, Config], Chooser]] = {
 }
 
 
+_LARGEST_SIZE = 1 << 24  # of a group or block; anything near it is nonsense
+_LONGEST_PATTERN = 4096
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
+
+
+def _mapping(value: Any, name: str) -> Config:
+    if not isinstance(value, Mapping):
+        raise ModelError(f"quantization_config: {name}={value!r:.80}; expected an object")
+    return value
+
+
 def _two_sizes(block: Any) -> tuple[int, int]:
-    if not isinstance(block, Sequence) or len(block) != 2 or not all(isinstance(b, int) and b > 0 for b in block):
+    is_pair = isinstance(block, Sequence) and len(block) == 2
+    if not is_pair or not all(isinstance(b, int) and 0 < b <= _LARGEST_SIZE for b in block):
         raise ModelError(f"quantization_config: block size {block!r}; expected two positive integers [rows, columns]")
     return block[0], block[1]
 
 
 def _positive(quant: Config, *names: str) -> int:
     value = next((quant[name] for name in names if name in quant), None)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or not 0 < value <= _LARGEST_SIZE:
         raise _UnsliceableError(f"{names[0]}={value!r}: one group over all columns, or none")
     return value
 
 
 def _names(quant: Config, *keys: str) -> tuple[str, ...]:
-    return tuple(name for key in keys for name in (quant.get(key) or ()))
+    found: list[str] = []
+    for key in keys:
+        names = quant.get(key) or ()
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ModelError(f"quantization_config: {key}={names!r:.80}; expected a list of names")
+        found.extend(names)
+    return tuple(found)
 
 
 def _parents(module: str) -> list[str]:
@@ -207,6 +225,22 @@ def _is_listed(module: str, names: tuple[str, ...]) -> bool:
     return any(f".{name}." in f".{module}." for name in names)
 
 
-def _matches_target(module: str, target: str) -> bool:
+def _targets(quant: Config, key: str) -> Callable[[str], bool]:
     """compressed-tensors' rule: ``re:`` is a regular expression from the start, anything else the exact name."""
-    return bool(re.match(target[3:], module)) if target.startswith("re:") else module == target
+    names = _names(quant, key)
+    exact = frozenset(name for name in names if not name.startswith("re:"))
+    patterns = [_pattern(name[3:], key) for name in names if name.startswith("re:")]
+    return lambda module: module in exact or any(pattern.match(module) for pattern in patterns)
+
+
+def _pattern(text: str, key: str) -> re.Pattern[str]:
+    """A pattern of an untrusted config: one with a repeated group could keep a match busy for years."""
+    if len(text) > _LONGEST_PATTERN or _REPEATED_GROUP.search(text):
+        raise ModelError(
+            f"quantization_config: {key} has the pattern {text!r:.80}; refused, as it repeats a group or is longer "
+            f"than {_LONGEST_PATTERN} characters, and so could take forever to match"
+        )
+    try:
+        return re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ModelError(f"quantization_config: {key} has the pattern {text!r:.80}, which is none: {error}") from None

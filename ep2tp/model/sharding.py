@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from ep2tp.errors import CheckpointError, ModelError
 from ep2tp.layout.shard import Cut
 from ep2tp.layout.split import Split, least_padded
+from ep2tp.model.dtypes import item_bytes
 from ep2tp.model.facts import ModelFacts, TensorClass
 from ep2tp.model.families import ClassName, Matrix, Tensors
 from ep2tp.model.formats import FLOAT_DTYPES, PLAIN, Component, Dim, Fill, Format
@@ -27,7 +29,6 @@ _PATTERN = {
     Fill.INT8_POINT: b"\x7f",
 }
 _LARGEST_GROUP = 128  # of the groups in use (16, 32, 64, 128): slices that are multiples of it cut none
-_BYTES = {"F32": 4, "I32": 4, "I64": 8, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I8": 1}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,12 @@ class TensorPlan:
     cut: Cut | None
 
     @property
+    def kind(self) -> Hashable:
+        """Equal where what becomes of two of a model's tensors is equal, if their shapes and dtypes are."""
+        matrix = self.matrix
+        return matrix.class_name, matrix.role, matrix.suffix, matrix.is_fused, self.format.name
+
+    @property
     def is_padded(self) -> bool:
         """Whether the tensor grows when the plan's padding is applied."""
         return self.cut is not None and not self.cut.split.is_exact
@@ -58,7 +65,7 @@ class TensorPlan:
         kind = self.component.fill
         if kind is Fill.ONE:
             return _ELEMENT[dtype]
-        return _PATTERN.get(kind, b"\x00") * _BYTES[dtype]
+        return _PATTERN.get(kind, b"\x00") * item_bytes(dtype)
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,7 @@ class ShardPlan:
         self, name: str, shape: tuple[int, ...], matrix: Matrix, component: Component, stored: Format
     ) -> Cut | None:
         if component.is_replicated:
+            self._check_replicated(name, shape, matrix, component, stored)
             return None
         tensors: Tensors = getattr(self.facts.family.tensors, matrix.class_name)
         leading = 1 if matrix.is_fused else 0
@@ -158,6 +166,22 @@ class ShardPlan:
         what = f"{self.facts.tensor_class(matrix.class_name).field}={split.size}"  # type: ignore[union-attr]
         self._check(name, shape, sliced, cut.size, what, stored)
         return cut
+
+    def _check_replicated(
+        self, name: str, shape: tuple[int, ...], matrix: Matrix, component: Component, stored: Format
+    ) -> None:
+        """Every rank takes such a tensor whole, which is wrong for one that has a value for each row."""
+        if component.fill is Fill.SHAPE:
+            expected, is_right = "the two values [rows, columns]", shape == (2,)
+        else:
+            experts = self.facts.experts
+            expected = f"one value for each of {experts} experts" if matrix.is_fused else "a single value"
+            is_right = prod(shape) == 1 or (matrix.is_fused and shape[:1] == (experts,) and prod(shape) == experts)
+        if not is_right:
+            raise CheckpointError(
+                f"{name}: shape {list(shape)}; {stored.name} stores {expected} here; does quantization_config describe "
+                "this checkpoint?"
+            )
 
     def _check(self, name: str, shape: tuple[int, ...], dim: Dim, expected: int, what: str, stored: Format) -> None:
         if shape[dim.axis] != expected:

@@ -76,6 +76,18 @@ def fp8_block(scale: str, suffix: str) -> Format:
     return Format({"quant_method": "fp8", "weight_block_size": [128, 128]}, store, load)
 
 
+def fp8_tensor() -> Format:
+    def store(rng: np.random.Generator, r: int, c: int) -> Stored:
+        weight = values(rng, "F8_E4M3", r, c)
+        return {".weight": weight, ".weight_scale": torch.tensor(0.5), ".input_scale": torch.tensor(2.0)}
+
+    return Format(
+        {"quant_method": "fp8", "activation_scheme": "static"},
+        store,
+        lambda t: t[".weight"].double() * t[".weight_scale"].double(),
+    )
+
+
 def fp8_channel() -> Format:
     def store(rng: np.random.Generator, r: int, c: int) -> Stored:
         return {".weight": values(rng, "F8_E4M3", r, c), ".weight_scale": values(rng, "F32", r, 1)}
@@ -157,6 +169,18 @@ def mx(packed: str, suffix: str, scale: str, quantization: Mapping[str, Any]) ->
     return Format(quantization, store, load)
 
 
+def mxfp8(quantization: Mapping[str, Any]) -> Format:
+    def store(rng: np.random.Generator, r: int, c: int) -> Stored:
+        scales = values(rng, "F8_E8M0", r, c // 32).view(torch.uint8)
+        return {".weight": values(rng, "F8_E4M3", r, c), ".weight_scale": scales}
+
+    def load(t: Stored) -> torch.Tensor:
+        weight = t[".weight"].double()
+        return weight * spread(t[".weight_scale"].view(torch.float8_e8m0fnu), 1, 32, tuple(weight.shape))
+
+    return Format(quantization, store, load)
+
+
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]  # AutoAWQ interleaves the eight values of a word
 
 
@@ -178,25 +202,31 @@ def awq(group: int) -> Format:
     return Format({"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"}, store, load)
 
 
-def gptq(group: int) -> Format:
+def gptq(group: int, bits: int = 4, version: int = 1, is_symmetric: bool = True) -> Format:
+    """Version 1 stores zero points less one."""
+    per_word, middle = 32 // bits, (1 << bits - 1) - (version == 1)
+
     def store(rng: np.random.Generator, r: int, c: int) -> Stored:
+        symmetric = torch.full((c // group, r // per_word), middle * 0x01010101 * (0x11 if bits == 4 else 1))
         return {
-            ".qweight": values(rng, "I32", c // 8, r),
-            ".qzeros": torch.full((c // group, r // 8), 0x77777777, dtype=torch.int32),
+            ".qweight": values(rng, "I32", c // per_word, r),
+            ".qzeros": symmetric.int() if is_symmetric else values(rng, "I32", c // group, r // per_word),
             ".scales": values(rng, "F16", c // group, r),
             ".g_idx": torch.arange(c, dtype=torch.int32) // group,
         }
 
     def load(t: Stored) -> torch.Tensor:
-        weight = words(t[".qweight"].T.contiguous(), 4).T.double()
-        zeros = words(t[".qzeros"], 4).double() + 1
+        weight = words(t[".qweight"].T.contiguous(), bits).T.double()
+        zeros = words(t[".qzeros"], bits).double() + (version == 1)
         index = t[".g_idx"].long()
         return ((weight - zeros[index]) * t[".scales"].double()[index]).T
 
-    return Format({"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": False, "sym": True}, store, load)
+    quantization = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False, "sym": is_symmetric}
+    return Format(quantization | ({"checkpoint_format": "gptq_v2"} if version == 2 else {}), store, load)
 
 
 _CT_NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+_CT_MXFP8 = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32}
 FORMATS = {
     "bf16": Format(None, lambda rng, r, c: {".weight": values(rng, "BF16", r, c)}, lambda t: t[".weight"].double()),
     "fp8_block_f32": fp8_block("F32", ".weight_scale_inv"),
@@ -229,6 +259,20 @@ FORMATS = {
     ),
     "awq": awq(32),
     "gptq": gptq(32),
+    "gptq_int8": gptq(32, bits=8, is_symmetric=False),
+    "gptq_v2": gptq(32, version=2, is_symmetric=False),
+    "gptq_int8_v2": gptq(64, bits=8, version=2, is_symmetric=False),
+    "fp8_tensor": fp8_tensor(),
+    "mxfp8_modelopt": mxfp8({"quant_method": "modelopt", "quant_algo": "MXFP8"}),
+    "mxfp8_ct": mxfp8(
+        {
+            "quant_method": "compressed-tensors",
+            "format": "mxfp8-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CT_MXFP8}},
+        }
+    ),
+    "f16": Format(None, lambda rng, r, c: {".weight": values(rng, "F16", r, c)}, lambda t: t[".weight"].double()),
+    "f32": Format(None, lambda rng, r, c: {".weight": values(rng, "F32", r, c)}, lambda t: t[".weight"].double()),
 }
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from ep2tp.checkpoint import sample
 from ep2tp.checkpoint.commands import reshard_command, verify_command
 from tests.checkpoint.checkpoints import Model
 
@@ -27,7 +30,9 @@ def test_convert_and_verify(source: str, tmp_path: Path) -> None:
     code, text = run(reshard_command, source, out, "--tp", "2", "--dry-run")
     assert code == 0 and "moe_intermediate_size 192 -> 256" in text and "nothing was written" in text
     code, text = run(reshard_command, source, out, "--tp", "2", "--dry-run", "--json")
-    assert code == 0 and json.loads(text)["status"] == "planned" and json.loads(text)["estimated_seconds"] > 0
+    planned = json.loads(text)
+    assert code == 0 and planned["status"] == "planned" and planned["estimated_seconds"] > 0
+    assert planned["bytes"] < planned["disk_needed"] < planned["disk_free"]
     code, text = run(reshard_command, source, out, "--tp", "2", "--json")
     assert code == 0 and json.loads(text)["fields"]["intermediate_size"] == [448, 512]
     assert run(reshard_command, source, out, "--tp", "2", "--quiet") == (0, "")
@@ -48,3 +53,36 @@ def test_exit_codes(source: str, tmp_path: Path) -> None:
     assert code == 0 and "Nothing to pad" in text and not (tmp_path / "out").exists()
     code, text = run(reshard_command, source, str(tmp_path / "out"), "--tp", "2", "--layout", "ranks", "--ranks", "0-x")
     assert code == 2
+
+
+@pytest.mark.parametrize("ranks", ["0-x", "1-2-9", "3-1", "", "-1", "0,", "0-99999999999"])
+def test_ranks_that_mean_nothing(source: str, tmp_path: Path, ranks: str) -> None:
+    code, text = run(reshard_command, source, str(tmp_path), "--tp", "4", "--layout", "ranks", f"--ranks={ranks}")
+    assert code == 2 and "write ranks as 0-3" in text
+
+
+def test_ranks_that_mean_something(source: str, tmp_path: Path) -> None:
+    words = (source, str(tmp_path / "out"), "--tp", "4", "--layout", "ranks", "--ranks", "0,2-3")
+    assert run(reshard_command, *words)[0] == 0
+    folders = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
+    assert folders == {"rank-0-of-4", "rank-2-of-4", "rank-3-of-4", "shared"}
+
+
+def test_errors_as_json(source: str, tmp_path: Path) -> None:
+    code, text = run(reshard_command, str(tmp_path / "nowhere"), str(tmp_path / "out"), "--tp", "2", "--json")
+    failed = json.loads(text.splitlines()[0])
+    assert code == 1 and failed["status"] == "failed" and "no such folder" in failed["error"]
+    code, text = run(reshard_command, source, str(tmp_path / "out"), "--tp", "2", "--json", "--stream")
+    failed = json.loads(text.splitlines()[0])
+    assert code == 2 and failed["status"] == "failed" and "stream is for models on the hub" in failed["error"]
+    code, text = run(verify_command, str(tmp_path), "--json")
+    assert code == 1 and "no finished conversion" in json.loads(text.splitlines()[0])["error"]
+
+
+def test_a_sample_that_cannot_be_written(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sample.os, "fsync", fsync)
+    code, text = run(reshard_command, source, str(tmp_path / "out"), "--tp", "2", "--dry-run")
+    assert code == 1 and f"{tmp_path}: No space left on device while a sample was measured" in text

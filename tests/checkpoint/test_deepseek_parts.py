@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ep2tp.checkpoint.deepseek_parts import published_name
 from ep2tp.checkpoint.reshard import reshard
@@ -21,7 +22,11 @@ RULES = {
     "embed_tokens": ("embed", 0),
     "input_layernorm": ("attn_norm", None),
     "q_a_proj": ("wq_a", None),
+    "q_a_layernorm": ("q_norm", None),
     "q_b_proj": ("wq_b", 0),
+    "kv_a_proj_with_mqa": ("wkv_a", None),
+    "kv_a_layernorm": ("kv_norm", None),
+    "kv_b_proj": ("wkv_b", 0),
     "o_proj": ("wo", 1),
     "gate": ("gate", None),
     "gate_proj": ("w1", 0),
@@ -43,7 +48,11 @@ def original() -> Stored:
         prefix = f"model.layers.{layer}."
         tensors[prefix + "input_layernorm.weight"] = random(HIDDEN)
         tensors[prefix + "self_attn.q_a_proj.weight"] = random(32, HIDDEN)
+        tensors[prefix + "self_attn.q_a_layernorm.weight"] = random(32)
         tensors[prefix + "self_attn.q_b_proj.weight"] = random(64, 32)
+        tensors[prefix + "self_attn.kv_a_proj_with_mqa.weight"] = random(24, HIDDEN)
+        tensors[prefix + "self_attn.kv_a_layernorm.weight"] = random(16)
+        tensors[prefix + "self_attn.kv_b_proj.weight"] = random(128, 16)
     tensors["model.layers.1.mlp.gate.weight"] = random(4, HIDDEN)
     tensors["model.layers.1.mlp.gate.e_score_correction_bias"] = random(4)
     tensors["model.norm.weight"], tensors["lm_head.weight"] = random(HIDDEN), random(320, HIDDEN)
@@ -113,6 +122,51 @@ def test_missing_parts(tmp_path: Path) -> None:
     (tmp_path / "parts" / "model0-mp2.safetensors").unlink()
     with pytest.raises(CheckpointError, match="model0-mp2"):
         reshard(tmp_path / "parts", tmp_path / "out", tp=3, config=tmp_path / "config.json")
+
+
+def change(folder: Path, rank: int, **tensors: torch.Tensor) -> None:
+    """Replace tensors of one part; ``__`` stands for a dot."""
+    path = folder / f"model{rank}-mp2.safetensors"
+    save(path, load_file(path) | {name.replace("__", "."): tensor for name, tensor in tensors.items()})
+
+
+def test_parts_that_should_be_alike(tmp_path: Path) -> None:
+    """What every part holds whole is compared while it is converted."""
+    write(tmp_path / "parts", 2)
+    change(tmp_path / "parts", 1, norm__weight=torch.zeros(HIDDEN, dtype=torch.bfloat16))
+    with pytest.raises(CheckpointError, match=r"model1-mp2\.safetensors: norm\.weight: differs .* model0-mp2"):
+        reshard(tmp_path / "parts", tmp_path / "out", tp=3, config=tmp_path / "config.json")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_parts_of_different_shapes(tmp_path: Path) -> None:
+    write(tmp_path / "parts", 2)
+    change(tmp_path / "parts", 1, layers__0__attn__wkv_b__weight=torch.zeros(63, 16, dtype=torch.bfloat16))
+    with pytest.raises(CheckpointError, match="the 2 parts do not hold it alike"):
+        reshard(tmp_path / "parts", tmp_path / "out", tp=3, config=tmp_path / "config.json")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "tensors", [{"layers__0__attn__wo__weight": torch.zeros(4)}, {"embed__weight": torch.tensor(1.0)}]
+)
+def test_parts_without_the_axis_to_join(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    write(tmp_path / "parts", 2)
+    for rank in range(2):
+        change(tmp_path / "parts", rank, **tensors)
+    with pytest.raises(CheckpointError, match="has no axis"):
+        reshard(tmp_path / "parts", tmp_path / "out", tp=3, config=tmp_path / "config.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_is_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    write(tmp_path / "parts", 2)
+    path = tmp_path / "parts" / "model1-mp2.safetensors"
+    path.rename(tmp_path / "elsewhere.safetensors")
+    path.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(CheckpointError, match="outside of"):
+        reshard(tmp_path / "parts", tmp_path / "out", tp=3, config=tmp_path / "config.json")
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_names() -> None:

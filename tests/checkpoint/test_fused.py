@@ -72,6 +72,24 @@ def test_gpt_oss(tmp_path: Path) -> None:
     verify(tmp_path / "out", source)
 
 
+def test_gpt_oss_in_ranks(tmp_path: Path) -> None:
+    """Slices of interleaved rows are contiguous; down's bias, which is added once, is not sliced."""
+    config, old = gpt_oss()
+    source = write(tmp_path / "source", config, old)
+    reshard(source, tmp_path / "padded", tp=2)
+    reshard(source, tmp_path / "ranks", tp=2, layout="ranks")
+    slices = [load(tmp_path / "ranks" / f"rank-{rank}-of-2") for rank in range(2)]
+    shared, prefix = load(tmp_path / "ranks" / "shared"), "model.layers.0.mlp.experts."
+    assert shared.keys() == {prefix + "down_proj_bias"}
+    for name, whole in load(tmp_path / "padded").items():
+        if name in shared:
+            assert same_bits(shared[name], whole)
+        else:
+            axis = 1 if "gate_up" in name else 2
+            assert same_bits(torch.cat([tensors[name] for tensors in slices], axis), whole)
+    verify(tmp_path / "ranks", source)
+
+
 def llama4() -> tuple[dict[str, Any], Stored]:
     config = {
         "architectures": ["Llama4ForCausalLM"],
@@ -96,6 +114,35 @@ def _halves(prefix: str, transposed: bool) -> Stored:
     if transposed:
         gate_up, down = gate_up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
     return {prefix + "gate_up_proj": gate_up, prefix + "down_proj": down}
+
+
+@pytest.mark.parametrize("scale", ["_scale_inv", "_weight_scale"])
+def test_halves_in_fp8_blocks(tmp_path: Path, scale: str) -> None:
+    """Each half of gate and up has block scales of its own, of which the last is for a block that is partly filled."""
+    hidden, size, prefix = 256, 192, "model.layers.0.mlp.experts."
+    config = qwen3_5()[0] | {
+        "hidden_size": hidden,
+        "moe_intermediate_size": size,
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }
+    old = {
+        prefix + "gate_up_proj": values(RNG, "F8_E4M3", EXPERTS, 2 * size, hidden),
+        prefix + "gate_up_proj" + scale: values(RNG, "F32", EXPERTS, 2 * 2, hidden // 128),
+        prefix + "down_proj": values(RNG, "F8_E4M3", EXPERTS, hidden, size),
+        prefix + "down_proj" + scale: values(RNG, "F32", EXPERTS, hidden // 128, 2),
+    }
+    source = write(tmp_path / "source", config, old)
+    reshard(source, tmp_path / "out", tp=3)
+    new = load(tmp_path / "out")
+    for name, before in old.items():
+        axis, parts = (1, 2) if "gate_up" in name else (2, 1)
+        one = 1.0 if name.endswith(scale) else 0.0
+        for small, large in zip(before.chunk(parts, axis), new[name].chunk(parts, axis), strict=True):
+            real = small.shape[axis]
+            assert large.shape[axis] == (3 if name.endswith(scale) else 384)
+            assert same_bits(large.narrow(axis, 0, real), small)
+            assert (large.narrow(axis, real, large.shape[axis] - real).float() == one).all()
+    verify(tmp_path / "out", source)
 
 
 @pytest.mark.parametrize(("model", "axes"), [(llama4, (2, 1)), (qwen3_5, (1, 2))])

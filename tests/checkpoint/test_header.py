@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ep2tp.checkpoint.header import build_header
-from ep2tp.checkpoint.reader import read_header, read_weight_map
+from ep2tp.checkpoint.reader import checkpoint_files, read_header, read_weight_map
+from ep2tp.checkpoint.source import LocalSource
 from ep2tp.errors import CheckpointError
 
 
@@ -63,6 +66,37 @@ def test_damaged_headers_are_refused(tmp_path: Path, name: str) -> None:
 def test_index_entries_that_leave_the_folder(name: Any) -> None:
     with pytest.raises(CheckpointError, match="refused"):
         read_weight_map(Path("model.safetensors.index.json"), json.dumps({"weight_map": {"a": name}}).encode())
+
+
+def test_an_index_too_large_to_be_one(tmp_path: Path) -> None:
+    """A sparse file of 1.5 GB: not read at all, by the resharder and by launches."""
+    (tmp_path / "model.safetensors").write_bytes(file_of({"a": entry()}))
+    index = tmp_path / "model.safetensors.index.json"
+    index.touch()
+    os.truncate(index, 3 << 29)
+    for read in (checkpoint_files, lambda folder: LocalSource(folder).files()):
+        with pytest.raises(CheckpointError, match="larger than 100000000 bytes"):
+            read(tmp_path)
+
+
+def test_an_index_that_is_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(file_of({"a": entry()}))
+    (tmp_path / "index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    (folder / "model.safetensors.index.json").symlink_to(tmp_path / "index.json")
+    for read in (LocalSource.files, LocalSource.identity):
+        with pytest.raises(CheckpointError, match="outside of"):
+            read(LocalSource(folder))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_weights_that_are_no_file(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    (tmp_path / "model.safetensors").write_bytes(file_of({"a": entry()}))
+    make(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: is no regular file"):
+        checkpoint_files(tmp_path)
 
 
 VALID = file_of({"__metadata__": {"format": "pt"}, "a": entry(), "b": entry(8, 10, (2, 1), "U8")}, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from ep2tp.checkpoint import destination
-from ep2tp.checkpoint.header import StoredTensor
+from ep2tp.checkpoint.header import build_header
 from ep2tp.checkpoint.reader import read_header
 from ep2tp.checkpoint.reshard import reshard
 from ep2tp.checkpoint.verify import verify
 from ep2tp.errors import CheckpointError, ModelError, SettingError
-from tests.checkpoint.checkpoints import Model, load, save, values, write_files
+from ep2tp.model.dtypes import item_bytes
+from tests.checkpoint.checkpoints import Model, Stored, load, save, values, write_files
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,35 @@ def test_nothing_to_pad(source: Path, tmp_path: Path) -> None:
     for path in source.glob("*.safetensors"):
         assert path.read_bytes() == (out / path.name).read_bytes()
     assert verify(out, source).tensors > 0
+
+
+def test_fingerprint_changes_with_what_decides_the_output(tmp_path: Path) -> None:
+    """Apart from the identity of the source, which changes with each folder here."""
+    model = Model("bf16", files=1)
+
+    def fingerprint(name: str, tensors: Stored = model.tensors(), tp: int = 7, **config: Any) -> str:  # noqa: B008
+        folder = tmp_path / name
+        folder.mkdir()
+        write_files(folder, tensors, 1)
+        (folder / "config.json").write_text(json.dumps(model.config() | config))
+        layout = "ranks" if "ranks" in name else "padded"
+        conversion = reshard(folder, tmp_path / "out", tp=tp, layout=layout, dry_run=True).conversion  # type: ignore[arg-type]
+        return replace(conversion, identity={}).fingerprint()
+
+    tensors, embedding = model.tensors(), "model.embed_tokens.weight"
+    found = [
+        fingerprint("padded"),
+        fingerprint("ranks"),
+        fingerprint("padded for 5", tp=5),
+        fingerprint("ranks for 5", tp=5),
+        fingerprint("another config", rope_theta=1.0),
+        fingerprint("another dtype", tensors | {embedding: tensors[embedding].half()}),
+        fingerprint("another shape", tensors | {embedding: tensors[embedding].reshape(-1)}),
+        fingerprint("another tensor", tensors | {"model.norm.weight": torch.zeros(4)}),
+        fingerprint("another name", {name.replace("embed_tokens", "embed"): tensors[name] for name in tensors}),
+    ]
+    assert len(set(found)) == len(found)
+    assert fingerprint("padded again") == found[0]
 
 
 def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
@@ -139,6 +170,26 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message
     assert not (tmp_path / "out").exists()
 
 
+def test_scales_of_rows_in_a_format_with_one_scale(tmp_path: Path) -> None:
+    """Each rank would take the scales of all rows for its own."""
+    model = Model("fp8_channel")
+    source = model.write(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"shape .*, 1\]; fp8_tensor stores a single value"):
+        reshard(source, tmp_path / "out", tp=7)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_shape_of_three_values(tmp_path: Path) -> None:
+    model = Model("int4_g32", size=320)
+    source = _changed(tmp_path, model, **{f"{EXPERT}.gate_proj.weight_shape": torch.tensor([320, 256, 1])})
+    with pytest.raises(CheckpointError, match=r"shape \[3\]; int4_g32 stores the two values"):
+        reshard(source, tmp_path / "out", tp=7)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_group_index_that_is_out_of_order(tmp_path: Path) -> None:
     name = f"{EXPERT}.down_proj.g_idx"
     model = Model("gptq")
@@ -154,6 +205,18 @@ def test_activation_order_is_refused(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="desc_act=true"):
         reshard(source, tmp_path / "out", tp=2)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 10**9}, {"n_routed_experts": 10**9}, {"hidden_size": 10**12}, {"hidden_size": "x"}]
+)
+def test_sizes_that_no_model_has(source: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    config = json.loads((source / "config.json").read_text()) | change
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="expected a positive integer up to"):
+        reshard(tmp_path / "source", tmp_path / "out", tp=2)
 
 
 def test_links_out_of_the_folder(tmp_path: Path) -> None:
@@ -192,13 +255,25 @@ def test_pickles_are_not_carried(tmp_path: Path) -> None:
 
 def test_order_by_size_where_padding_would_misalign(tmp_path: Path) -> None:
     """PyTorch's reader needs each tensor to begin on a multiple of its element's size."""
-    model = Model("nvfp4_modelopt", size=48, shared=1, dense=48, files=1)
+    model = Model("fp8_block_e8m0", size=384, shared=1, dense=384, files=1)  # each MLP's scales grow by 6 bytes
     source = model.write(tmp_path / "source")
-    reshard(source, tmp_path / "out", tp=7)
-    for tensor in read_header(next((tmp_path / "out").glob("*.safetensors"))).tensors:
-        assert isinstance(tensor, StoredTensor)
-        assert tensor.dtype != "F32" or tensor.offset % 4 == 0
-    assert load(tmp_path / "out")
+    path = next(source.glob("*.safetensors"))
+    data, tensors = path.read_bytes(), read_header(path).tensors
+    narrow_first = [("model.norm.weight", "F32", (1,), 4), *((t.name, t.dtype, t.shape, t.size) for t in tensors)]
+    narrow_first.append(("model.filler", "BF16", (1,), 2))
+    narrow_first.sort(key=lambda tensor: item_bytes(tensor[1]))
+    content = {t.name: data[t.offset : t.offset + t.size] for t in tensors}
+    content |= {"model.filler": bytes(2), "model.norm.weight": bytes(4)}
+    path.write_bytes(
+        build_header({"format": "pt"}, narrow_first) + b"".join(content[name] for name, *_ in narrow_first)
+    )
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(content, path.name)
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert all(tensor.offset % item_bytes(tensor.dtype) == 0 for tensor in read_header(path).tensors)
+    reshard(source, tmp_path / "out", tp=2)
+    for tensor in read_header(tmp_path / "out" / path.name).tensors:
+        assert tensor.offset % item_bytes(tensor.dtype) == 0, tensor
     verify(tmp_path / "out", source)
 
 

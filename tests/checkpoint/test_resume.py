@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +115,109 @@ def test_read_error(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_second_process_is_refused(source: Path, tmp_path: Path) -> None:
-    plan = reshard(source, tmp_path / "out", tp=2, dry_run=True).conversion
-    journal = Journal(tmp_path / "out", plan.fingerprint())
-    with journal.lock(["all"]), pytest.raises(CheckpointError, match="another process"):
+    journal = Journal(tmp_path / "out", "", {})
+    with journal.lock(), pytest.raises(CheckpointError, match="another process"):
         reshard(source, tmp_path / "out", tp=2)
     assert reshard(source, tmp_path / "out", tp=2).status == "done"
+    with journal.lock(), pytest.raises(CheckpointError, match="another process"):
+        reshard(source, tmp_path / "out", tp=4, overwrite=True)
+    verify(tmp_path / "out")
+
+
+def test_ranks_and_the_whole_folder_exclude_each_other(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    reshard(source, out, tp=2, layout="ranks", ranks=[0, 1])
+    with Journal(out, "", {}).lock(["rank-0-of-2"]):
+        for options in ({}, {"finish": True}, {"overwrite": True}):
+            with pytest.raises(CheckpointError, match="another process"):
+                reshard(source, out, tp=2, layout="ranks", **options)  # type: ignore[arg-type]
+    with Journal(out, "", {}).lock(), pytest.raises(CheckpointError, match="another process"):
+        reshard(source, out, tp=2, layout="ranks", ranks=[1])
+    assert reshard(source, out, tp=2, layout="ranks", finish=True).status == "done"
+
+
+def in_child(pipe: Any, *arguments: Any, **options: Any) -> None:
+    try:
+        pipe.send(reshard(*arguments, **options).status)
+    except CheckpointError as error:
+        pipe.send(str(error))
+
+
+def together(*calls: tuple[Path, Path, dict[str, Any]]) -> list[str]:
+    """What several processes that convert at the same time end with: a status, or an error."""
+    context = multiprocessing.get_context("fork")
+    children = []
+    for source, out, options in calls:
+        end, other_end = context.Pipe(duplex=False)
+        child = context.Process(target=in_child, args=(other_end, source, out), kwargs=options)
+        child.start()
+        children.append((child, end))
+    outcomes = [end.recv() if end.poll(60) else "nothing" for _, end in children]
+    for child, _ in children:
+        child.join(60)
+    return outcomes
+
+
+def test_two_processes_race(source: Path, tmp_path: Path) -> None:
+    reshard(source, tmp_path / "whole", tp=2)
+    out = tmp_path / "out"
+    for options in ({"tp": 2}, {"tp": 2, "overwrite": True}, {"tp": 2, "overwrite": True}):
+        outcomes = together((source, out, options), (source, out, options))
+        assert "done" in outcomes
+        assert all(outcome in ("done", "complete") or "another process" in outcome for outcome in outcomes)
+        assert tree(out) == tree(tmp_path / "whole")
+
+
+def test_two_conversions_begin_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Different sources, different ranks: both found the folder empty, and one of them may have it."""
+    other = Model("fp8_block_f32", files=12, seed=1).write(tmp_path / "other")
+    barrier, check_free = multiprocessing.get_context("fork").Barrier(2), Journal.check_free
+    waits = iter((30, 1))  # both check before either has begun; then one begins, and the other must wait for it
+
+    def check_at_once(journal: Journal, replace: bool) -> None:
+        check_free(journal, replace)
+        with suppress(threading.BrokenBarrierError):
+            barrier.wait(next(waits))
+
+    out, options = tmp_path / "out", {"tp": 2, "layout": "ranks"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "check_free", check_at_once)
+        outcomes = together((source, out, options | {"ranks": [0]}), (other, out, options | {"ranks": [1]}))
+    assert "part" in outcomes and any("another conversion" in outcome for outcome in outcomes)
+    first, rank = (source, 1) if outcomes[0] == "part" else (other, 0)
+    reshard(first, out, tp=2, layout="ranks", ranks=[rank])
+    reshard(first, out, tp=2, layout="ranks", finish=True)
+    verify(out, first)
+
+
+def test_notes_of_another_conversion_do_not_count(tmp_path: Path) -> None:
+    ours, theirs = (Journal(tmp_path, fingerprint, {"a/b": 1}) for fingerprint in ("ours", "theirs"))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(b"x")
+    with ours.lock():
+        theirs.record("a/b", 1, "0", {})
+        assert ours.done(["a/b"]) == {} and "a/b" in theirs.done(["a/b"])
+
+
+def test_what_was_being_written_is_removed(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    reshard(source, out, tp=2, layout="ranks", ranks=[0])
+    writing, fetched = out / ".ep2tp" / "writing", out / ".ep2tp" / "fetch-3" / "model.safetensors"
+    fetched.parent.mkdir()
+    for path in (fetched, writing / "rank-0-of-2__x", writing / "rank-1-of-2__x"):
+        path.write_bytes(bytes(100))
+    whole = reshard(source, out, tp=2, layout="ranks", dry_run=True).needed
+    reshard(source, out, tp=2, layout="ranks", ranks=[1])
+    assert [path.name for path in writing.iterdir()] == ["rank-0-of-2__x"]  # another machine may be writing it
+    files = reshard(source, out, tp=2, layout="ranks", dry_run=True)
+    ranks = sum(size for name, size in files.conversion.sizes().items() if name.startswith("rank-1"))
+    assert whole - files.needed == ranks - 100
+    seen: list[bool] = []
+    (out / "shared" / "model-00001-of-00012.safetensors").unlink()
+    reshard(
+        source, out, tp=2, layout="ranks", report=lambda *_: seen.append(fetched.exists() or any(writing.glob("*x")))
+    )
+    assert seen and not any(seen)
 
 
 def test_ranks_by_several_processes(source: Path, tmp_path: Path) -> None:
@@ -126,8 +227,7 @@ def test_ranks_by_several_processes(source: Path, tmp_path: Path) -> None:
         assert reshard(source, out, tp=4, layout="ranks", ranks=ranks).status == "part"
     with pytest.raises(CheckpointError, match="rank-0-of-4"):
         reshard(source, out, tp=4, layout="ranks", finish=True)
-    plan = reshard(source, out, tp=4, layout="ranks", dry_run=True).conversion
-    with Journal(out, plan.fingerprint()).lock(["rank-1-of-4"]):  # another machine at work on rank 1
+    with Journal(out, "", {}).lock(["rank-1-of-4"]):  # another machine at work on rank 1
         with pytest.raises(CheckpointError, match="rank-1-of-4"):
             reshard(source, out, tp=4, layout="ranks", ranks=[1])
         reshard(source, out, tp=4, layout="ranks", ranks=[0])
@@ -141,3 +241,11 @@ def test_changed_source_is_another_conversion(tmp_path: Path) -> None:
     os.utime(sorted(source.glob("*.safetensors"))[0], (1, 1))
     with pytest.raises(CheckpointError, match="another conversion"):
         reshard(source, tmp_path / "out", tp=7, layout="ranks")
+
+
+def test_another_mount_point_is_the_same_conversion(tmp_path: Path) -> None:
+    source = Model().write(tmp_path / "source")
+    reshard(source, tmp_path / "out", tp=7, layout="ranks", ranks=[0])
+    source = source.rename(tmp_path / "elsewhere")
+    assert reshard(source, tmp_path / "out", tp=7, layout="ranks").resumed > 0
+    verify(tmp_path / "out", source)

@@ -8,6 +8,7 @@ from ep2tp.layout.split import Split
 from ep2tp.model.families import Matrix
 from ep2tp.model.formats import (
     PLAIN,
+    WEIGHT_SUFFIXES,
     Dim,
     Fill,
     Format,
@@ -152,4 +153,6 @@ def test_every_padded_component_has_a_fill_for_each_of_its_dtypes(
 
 def test_weights_are_the_first_component() -> None:
     for stored, *_ in FORMATS:
+        assert stored.components[0].suffix in WEIGHT_SUFFIXES
+        assert not WEIGHT_SUFFIXES.intersection(name for names in stored.required for name in names)
         assert stored.components[0].rows and stored.components[0].cols

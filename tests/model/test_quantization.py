@@ -303,3 +303,45 @@ def test_gptq_activation_order_cannot_be_sliced() -> None:
 )
 def test_groups_that_are_no_numbers_cannot_be_sliced(method: str, changed: dict[str, Any], message: str) -> None:
     assert_unsliceable({"quant_method": method, "bits": 4, "group_size": 128, **changed}, message)
+
+
+@pytest.mark.parametrize(
+    ("quant", "message"),
+    [
+        ([1], r"quantization_config=\[1\]; expected an object"),
+        ("fp8", "expected an object"),
+        ({"quant_method": "fp8", "modules_to_not_convert": 5}, "modules_to_not_convert=5; expected a list of names"),
+        (
+            {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": [5]},
+            "expected a list of names",
+        ),
+        ({"quant_method": "fp8", "weight_block_size": [1 << 60, 128]}, "block size"),
+        ({"quant_method": "modelopt", "quantization": [1]}, "quantization=.*expected an object"),
+        ({"quant_method": "compressed-tensors", "config_groups": [1]}, "config_groups=.*expected an object"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"g": 1}}, r"config_groups\.g=1; expected an object"),
+        (compressed([4]), r"config_groups\.group_0\.weights=.*expected an object"),
+        (compressed(INT4, ignore="lm_head"), "ignore='lm_head'; expected a list of names"),
+    ],
+)
+def test_types_that_no_quantization_config_has(quant: Any, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_quantization({"quantization_config": quant})
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "pattern", ["(", "(.*)*(.*)*X$", "((a*))*X", "(a|a)+X", "(a{1,9}){1,9}X", "x" * 5000], ids=lambda text: text[:12]
+)
+def test_patterns_that_might_never_end(pattern: str) -> None:
+    with pytest.raises(ModelError, match="has the pattern"):
+        read_quantization({"quantization_config": compressed(INT4, ignore=["re:" + pattern])})
+
+
+def test_patterns_as_published_checkpoints_have_them() -> None:
+    patterns = [
+        r"re:.*self_attn.*",
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+        r"re:(model\.)?layers\.(0|1)\..*\(x\)*",
+    ]
+    quantization = read_quantization({"quantization_config": compressed(INT4, "pack-quantized", ignore=patterns)})
+    assert [quantization.choose(m).name for m in (EXPERT, DENSE, ATTENTION)] == ["int4_g32", "bf16", "bf16"]  # type: ignore[union-attr]
