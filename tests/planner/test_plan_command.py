@@ -143,14 +143,15 @@ class CountingHub(Hub):
 
     sent: list[int]
 
-    def reply(self, status: int, body: bytes, with_body: bool) -> None:
+    def reply(self, status: int, body: bytes, with_body: bool, etag: str = "0") -> None:
         self.sent.append(len(body) if with_body else 0)
-        super().reply(status, body, with_body)
+        super().reply(status, body, with_body, etag)
 
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[tuple[str, type[CountingHub]]]:
-    folder = Model("int4_g32", files=4).write(tmp_path / "hub")
+    folder = tmp_path / "hub"
+    Model("int4_g32", files=4).write(folder / "model")
     handler = type("Served", (CountingHub,), {"folder": folder, "requests": [], "sent": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -166,7 +167,7 @@ def test_a_hub_model_is_planned_from_its_headers_alone(hub: tuple[str, type[Coun
     done = subprocess.run([*command, "lab/model", *words], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     remote = json.loads(done.stdout)
-    _, out, _ = run(str(handler.folder), *words)
+    _, out, _ = run(str(handler.folder / "model"), *words)
     local = json.loads(out)
     assert remote["plans"] == local["plans"]
     assert remote["model"]["source"] == "lab/model"
