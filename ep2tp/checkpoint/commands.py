@@ -12,14 +12,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from ep2tp.errors import Ep2tpError, SettingError
-
-if TYPE_CHECKING:
-    from ep2tp.checkpoint.options import Report, Result
 
 _DIFFERENT = 3
 
@@ -70,14 +67,16 @@ def reshard_command(source: str, destination: str, quiet: bool, as_json: bool, *
 
     Interrupted? Run the same command again: finished files are kept.
     """
+    from ep2tp.checkpoint import console
     from ep2tp.checkpoint.reshard import reshard
 
     seconds = None
-    with _errors(as_json), _progress(quiet or as_json or options["dry_run"]) as report:
+    with _errors(as_json), console.progress_bar("converting", quiet or as_json or options["dry_run"]) as report:
         result = reshard(source, destination, report=report, **options)
         if result.status == "planned":
-            seconds = _estimate(result, Path(source), Path(destination), options["workers"])
-    _print(_summary(result, seconds), quiet, as_json, _words(result, source, destination, seconds))
+            seconds = console.estimate(result, Path(source), Path(destination), options["workers"])
+    text = console.words(result, source, destination, seconds)
+    console.show(console.summary(result, seconds), quiet, as_json, text)
 
 
 @click.command("verify")
@@ -86,12 +85,13 @@ def reshard_command(source: str, destination: str, quiet: bool, as_json: bool, *
 @_source_options
 def verify_command(folder: str, quiet: bool, as_json: bool, **options: Any) -> None:
     """Check the hashes of a folder that ep2tp reshard wrote, and with --source every byte of every tensor."""
+    from ep2tp.checkpoint import console
     from ep2tp.checkpoint.verify import verify
     from ep2tp.errors import DifferenceError
 
     try:
-        with _errors(as_json):
-            found = verify(folder, **options)
+        with _errors(as_json), console.progress_bar("verifying", quiet or as_json) as report:
+            found = verify(folder, report=report, **options)
     except DifferenceError as error:
         if as_json:
             click.echo(json.dumps({"status": "different", "difference": str(error)}))
@@ -100,7 +100,7 @@ def verify_command(folder: str, quiet: bool, as_json: bool, **options: Any) -> N
     text = f"{found.files} files have the manifest's SHA-256"
     if found.tensors:
         text += f"; {found.tensors} tensors equal the source bit for bit, and the padding is zeros with scale 1"
-    _print({"status": "same", "files": found.files, "tensors": found.tensors}, quiet, as_json, text)
+    console.show({"status": "same", "files": found.files, "tensors": found.tensors}, quiet, as_json, text)
 
 
 @contextmanager
@@ -117,79 +117,3 @@ def _errors(as_json: bool) -> Iterator[None]:
             click.echo(json.dumps({"status": "failed", "error": str(error)}))
         is_usage = isinstance(error, SettingError)
         raise (click.UsageError if is_usage else click.ClickException)(str(error)) from error
-
-
-@contextmanager
-def _progress(is_quiet: bool) -> Iterator[Report]:
-    if is_quiet or not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("converting"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _estimate(result: Result, source: Path, destination: Path, workers: int | None) -> float:
-    from ep2tp.checkpoint.options import Options
-    from ep2tp.checkpoint.sample import seconds_for
-
-    return seconds_for(result.conversion, source, destination, workers or Options.workers)
-
-
-def _summary(result: Result, seconds: float | None) -> dict[str, Any]:
-    plan = result.conversion.plan
-    return {
-        "status": result.status,
-        "layout": result.conversion.layout,
-        "ranks": plan.ranks,
-        "fields": {field: list(values) for field, values in plan.fields.items()},
-        "bytes": sum(result.conversion.sizes().values()),
-        "source_bytes": result.conversion.source_bytes,
-        "written": result.written,
-        "resumed": result.resumed,
-        **({} if seconds is None else _dry(result, seconds)),
-    }
-
-
-def _dry(result: Result, seconds: float) -> dict[str, Any]:
-    return {"disk_needed": result.needed, "disk_free": result.free, "estimated_seconds": float(f"{seconds:.3g}")}
-
-
-def _words(result: Result, source: str, destination: str, seconds: float | None) -> str:
-    conversion = result.conversion
-    new, old, ranks = sum(conversion.sizes().values()), conversion.source_bytes, conversion.plan.ranks
-    if result.status == "unneeded":
-        return (
-            f"Nothing to pad: {source} already divides into whole blocks over {ranks} ranks; use it as it is, or "
-            "--link for a copy that shares its bytes. Nothing was written."
-        )
-    if result.status == "complete":
-        return f"{destination} is finished already."
-    fields = [f"{field} {before} -> {after}" for field, (before, after) in conversion.plan.fields.items()]
-    lines = [f"{source} for {ranks} ranks, layout {conversion.layout}: " + (", ".join(fields) or "nothing is padded")]
-    lines.append(f"{old / 1e9:.2f} GB -> {new / 1e9:.2f} GB ({new / old - 1:+.1%}) in {len(conversion.sizes())} files")
-    if seconds is not None:
-        lines.append(f"Needs {result.needed / 1e9:.2f} GB of disk, {result.free / 1e9:.2f} GB are free.")
-        lines.append(f"Dry run, nothing was written. About {seconds:.0f} s at the speed of {destination}'s disk.")
-    elif result.status == "part":
-        lines.append(f"Wrote {result.written / 1e9:.2f} GB; run with --finish once all ranks are there.")
-    else:
-        lines.append(f"Wrote {result.written / 1e9:.2f} GB to {destination}; {result.resumed} files were there before.")
-    return "\n".join(lines)
-
-
-def _print(summary: dict[str, Any], quiet: bool, as_json: bool, text: str) -> None:
-    if as_json:
-        click.echo(json.dumps(summary))
-    elif not quiet:
-        click.echo(text)

@@ -110,6 +110,7 @@ class Conversion:
         index: the new index, or None where it needs none.
         others: bytes of each file that is carried over.
         identity: what the source is.
+        texts: SHA-256 of the source's config.json and index, which are written anew.
         left_out: weights of the source that the new checkpoint will not have: those that the index does not name, in
             other formats, or in folders of their own.
     """
@@ -121,6 +122,7 @@ class Conversion:
     index: bytes | None
     others: Mapping[str, int]
     identity: Mapping[str, Any]
+    texts: Mapping[str, str]
     left_out: tuple[str, ...] = ()
 
     def sizes(self) -> dict[str, int]:

@@ -94,7 +94,7 @@ def build_manifest(
         files: SHA-256 of each other file, config.json and the index included.
     """
     plan = conversion.plan
-    inputs: dict[str, str] = {}
+    inputs: dict[str, str] = dict(conversion.texts)
     for note in notes.values():
         inputs |= note["inputs"]
     manifest = {

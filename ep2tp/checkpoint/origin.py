@@ -56,7 +56,8 @@ class InputFile:
     def __init__(self, path: str, window: int = WINDOW, hashes: bool = True) -> None:
         self.path, self.hashes = path, hashes
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._size = os.fstat(self._file).st_size
+        self._opened = os.fstat(self._file)
+        self._size = self._opened.st_size
         os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         self._buffer = memoryview(bytearray(window))
         self._start = self._stop = 0
@@ -77,6 +78,18 @@ class InputFile:
         while self._hashed < self._size:
             self._load(self._hashed, 1)
         return self._hash.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Check that nobody wrote to the file while it was read.
+
+        Raises:
+            CheckpointError: somebody did.
+        """
+        now = os.fstat(self._file)
+        if (now.st_size, now.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
+            raise CheckpointError(
+                f"{self.path}: was changed while it was read; run the command again"
+            )
 
     def close(self) -> None:
         """Close the file."""

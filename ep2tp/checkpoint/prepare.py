@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
 
 from ep2tp.checkpoint.config_files import new_config, new_index
@@ -73,9 +74,11 @@ def prepare(source: Source, tp: int, layout: Layout) -> Conversion:
     others = source.others()
     ours = ("config.json", INDEX, MANIFEST)
     check_outputs([*(name for job in jobs for name in job.outputs), *others, *ours])
-    index = new_index(jobs, source.read_text(INDEX) is not None) if layout == "padded" else None
+    old_index = source.read_text(INDEX)
+    index = new_index(jobs, old_index is not None) if layout == "padded" else None
+    texts = {name: sha256(data).hexdigest() for name, data in (("config.json", text), (INDEX, old_index)) if data}
     config_text, left_out = new_config(config, plan), tuple(sorted(source.left_out()))
-    return Conversion(plan, layout, jobs, config_text, index, others, source.identity(), left_out)
+    return Conversion(plan, layout, jobs, config_text, index, others, source.identity(), texts, left_out)
 
 
 def _facts(config: dict[str, object], label: str) -> ModelFacts:

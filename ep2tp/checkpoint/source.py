@@ -69,6 +69,7 @@ class LocalSource:
         self.folder = folder.resolve()
         self.label = str(folder)
         self.scratch = 0
+        self._planned: dict[str, tuple[int, int, int]] = {}
 
     def identity(self) -> dict[str, Any]:
         """The folder, and each weight file's size and time of change; of a model in the hub's cache, its commit."""
@@ -86,7 +87,8 @@ class LocalSource:
         Raises:
             CheckpointError: a header, the index or a link is not to be trusted.
         """
-        headers = {file.name: read_header(self.inside(file)) for file in self.weight_files}
+        self._planned = {file.name: _version(self.inside(file)) for file in self.weight_files}
+        headers = {file.name: read_header(file) for file in self.weight_files}
         check_names(self.label, headers.values(), self.weight_map())
         return [(name, origins_of(header), header.metadata) for name, header in headers.items()]
 
@@ -134,8 +136,15 @@ class LocalSource:
 
     @contextmanager
     def fetch(self, name: str) -> Iterator[Path]:
-        """The file itself."""
-        yield self.inside(self.folder / name)
+        """The file itself.
+
+        Raises:
+            CheckpointError: it is no longer the file whose header was read.
+        """
+        path = self.inside(self.folder / name)
+        if name in self._planned and _version(path) != self._planned[name]:
+            raise CheckpointError(f"{path}: was changed or replaced since its header was read; run the command again")
+        yield path
 
     def inside(self, path: Path) -> Path:
         """``path``, unless it leads out of the folder. The hub's cache links each file to its blobs, which is fine.
@@ -147,6 +156,12 @@ class LocalSource:
         if not any(root in real.parents for root in (self.folder, *blob_folders(self.folder))):
             raise CheckpointError(f"{path}: leads to {real}, outside of {self.folder}; refused")
         return path
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    """What changes when a file is written to or replaced."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def origins_of(header: Header) -> list[Origin]:

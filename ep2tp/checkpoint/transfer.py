@@ -48,6 +48,8 @@ def run_job(
             wanted = [(writers[name], target) for name, target in job.targets(recipe) if name in writers]
             _transfer(origin, files, wanted, progress)
         digests = {name: file.digest() for name, file in files.items() if file.hashes}
+        for file in files.values():
+            file.check_unchanged()
         return digests, {name: writer.commit(folder / name) for name, writer in writers.items()}
 
 

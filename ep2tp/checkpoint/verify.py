@@ -126,6 +126,8 @@ def _compare_files(root: Path, source: Source, conversion: Conversion, manifest:
     for name in sorted(expected.keys() | manifest.files.keys()):
         if expected.get(name) != manifest.files.get(name):
             raise DifferenceError(f"{root / name}: is not what the conversion of {source.label} writes")
+    if changed := [name for name, digest in conversion.texts.items() if manifest.inputs.get(name) != digest]:
+        raise DifferenceError(f"{source.label}/{changed[0]}: is not the file that was converted; its SHA-256 differs")
     headers = {name: header for job in conversion.jobs for name, header in job.headers.items()}
     for name in sorted(headers.keys() | manifest.outputs.keys()):
         header = headers.get(name, b"")

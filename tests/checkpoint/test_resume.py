@@ -7,6 +7,7 @@ import hashlib
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -95,6 +96,35 @@ def test_disk_full(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert 0 < kept < 12 and not (tmp_path / "out" / "config.json").exists()
     assert reshard(source, tmp_path / "out", tp=2).resumed == kept
     verify(tmp_path / "out", source)
+
+
+def test_source_is_replaced_while_it_is_converted(tmp_path: Path) -> None:
+    source = Model("fp8_block_f32", files=3).write(tmp_path / "source")
+    other = Model("fp8_block_f32", files=3, seed=1).write(tmp_path / "other")
+    names = sorted(path.name for path in source.glob("*.safetensors"))
+
+    def replace(done: int, total: int) -> None:
+        if (other / names[-1]).exists():
+            (other / names[-1]).replace(source / names[-1])
+
+    with pytest.raises(CheckpointError, match="changed or replaced since its header was read"):
+        reshard(source, tmp_path / "out", tp=2, workers=1, report=replace)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_source_is_written_to_while_it_is_read(source: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy)
+    path = sorted(copy.glob("*.safetensors"))[0]
+
+    def touch(done: int, total: int) -> None:
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+
+    with pytest.raises(CheckpointError, match="was changed while it was read"):
+        reshard(copy, tmp_path / "out", tp=2, workers=1, report=touch)
+    assert not (tmp_path / "out" / path.name).exists()
 
 
 def test_read_error(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

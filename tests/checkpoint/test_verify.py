@@ -124,11 +124,14 @@ def test_headers_are_compared_with_the_plan(source: Path, tmp_path: Path) -> Non
         verify(out, source)
 
 
-def test_inputs_are_the_ones_that_were_converted(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrong", ["config.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors"])
+def test_inputs_are_the_ones_that_were_converted(source: Path, tmp_path: Path, wrong: str) -> None:
     out = tmp_path / "out"
     reshard(source, out, tp=2)
     manifest = json.loads((out / "ep2tp.json").read_text())
-    manifest["inputs"] = dict.fromkeys(manifest["inputs"], "0" * 64)
+    weights = {path.name for path in source.glob("*.safetensors")}
+    assert set(manifest["inputs"]) == weights | {"config.json", "model.safetensors.index.json"}
+    manifest["inputs"][wrong] = "0" * 64
     (out / "ep2tp.json").write_text(json.dumps(manifest))
     with pytest.raises(DifferenceError, match="is not the file that was converted"):
         verify(out, source)
