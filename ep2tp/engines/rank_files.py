@@ -131,7 +131,7 @@ def _ranks_of(folder: Path) -> int:
         layout, ranks = manifest["layout"], int(manifest["ranks"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: {error}; --load-format ep2tp no finished result of 'ep2tp reshard --layout ranks', which --load-format ep2tp reads"
+            f"{path}: {error}; rank files are read from what 'ep2tp reshard --layout ranks' has finished"
         ) from None
     if layout != "ranks":
         raise CheckpointError(f"{path}: layout {layout!r}; leave out --load-format ep2tp, any engine reads this one")
