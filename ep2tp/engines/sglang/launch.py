@@ -11,8 +11,8 @@ from ep2tp.engines.decision import Decision
 from ep2tp.engines.launch import Launch, changes_of
 from ep2tp.engines.model_config import read_model_config, read_quantization_file
 from ep2tp.engines.sglang import arguments as sglang_arguments
-from ep2tp.engines.sglang import seams
-from ep2tp.errors import LaunchError
+from ep2tp.engines.sglang import seams, worker
+from ep2tp.errors import LaunchError, SeamError
 from ep2tp.rewrite import guard
 from ep2tp.rewrite.parallel_plan import Change, size_of
 from ep2tp.settings import Mode, Settings
@@ -65,9 +65,13 @@ def seam_problem(settings: Settings) -> str | None:
     Raises:
         SeamError: ``EP2TP_STRICT=1``, and there is a problem.
     """
-    known, wanted = seams.VERSIONS, seams.required(version())
-    insists = settings.mode is Mode.ON
-    return engine_seams.problem("SGLang", version(), known, wanted, settings.strict, insists, parts=3)
+    wanted, insists = seams.required(version()), settings.mode is Mode.ON
+    found = engine_seams.problem("SGLang", version(), seams.VERSIONS, wanted, settings.strict, insists, parts=3)
+    if found is None and (missing := [seam for seam, wrapper in worker.wrappers() if not seam.is_wrapped(wrapper)]):
+        found = f"ep2tp's wrapper of {', '.join(seam.attribute for seam in missing)} did not take"
+        if settings.strict:
+            raise SeamError(found)
+    return found
 
 
 def check_resolved(arguments: Any) -> None:

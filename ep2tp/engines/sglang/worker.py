@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ep2tp.engines.seams import Seam, Wrapper
 from ep2tp.engines.sglang import seams
 from ep2tp.errors import GuardError, SeamError
 from ep2tp.rewrite import guard
@@ -53,11 +54,15 @@ def join(note: LaunchNote) -> None:
     wrap_seams()
 
 
+def wrappers() -> tuple[tuple[Seam, Wrapper], ...]:
+    """The seams without which a launch is not rewritten, and what goes around them."""
+    return (seams.MODEL, initialize_model), (seams.WEIGHTS, load_weights), (seams.LOADED, load_model)
+
+
 def wrap_seams() -> None:
     """Wrap what only a process that loads a model reaches. Idempotent."""
-    seams.MODEL.wrap(initialize_model)
-    seams.WEIGHTS.wrap(load_weights)
-    seams.LOADED.wrap(load_model)
+    for seam, wrapper in wrappers():
+        seam.wrap(wrapper)
     for buffer in seams.BUFFERS:
         buffer.wrap(refuse_buffer)
 
