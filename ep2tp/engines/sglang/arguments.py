@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ep2tp.model.families import config_parts
 from ep2tp.rewrite.parallel_plan import Change, LaunchRules, Setting
 
 _ONE = frozenset({"1"})
@@ -138,6 +137,8 @@ def without_harmless_prefill_cp(values: Mapping[str, Any], config: Mapping[str, 
     """
     if _PREFILL_CP.field not in values:
         return dict(values)
+    from ep2tp.model.families import config_parts
+
     parts = config_parts(config or {})
     is_mla = any(part.get("kv_lora_rank") for part in parts)
     is_sparse = any(part.get("index_topk") for part in parts)

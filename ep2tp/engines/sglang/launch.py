@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib import metadata
 from typing import Any
 
 from ep2tp.engines import seams as engine_seams
@@ -54,19 +53,14 @@ def read_config(arguments: Any) -> dict[str, Any] | None:
     return config
 
 
-def version() -> str:
-    """The installed SGLang's version."""
-    return metadata.version("sglang")
-
-
 def seam_problem(settings: Settings) -> str | None:
     """Why this SGLang is left alone, or None: its version is known (or the user insists), and every seam took.
 
     Raises:
         SeamError: ``EP2TP_STRICT=1``, and there is a problem.
     """
-    wanted, insists = seams.required(version()), settings.mode is Mode.ON
-    found = engine_seams.problem("SGLang", version(), seams.VERSIONS, wanted, settings.strict, insists, parts=3)
+    version, insists = seams.version(), settings.mode is Mode.ON
+    found = engine_seams.problem("SGLang", version, seams.VERSIONS, seams.required(), settings.strict, insists, parts=3)
     if found is None and (missing := [seam for seam, wrapper in worker.wrappers() if not seam.is_wrapped(wrapper)]):
         found = f"ep2tp's wrapper of {', '.join(seam.attribute for seam in missing)} did not take"
         if settings.strict:
@@ -87,7 +81,7 @@ def check_resolved(arguments: Any) -> None:
         found.append(f"moe_a2a_backend={view.moe_a2a_backend}")
     if found:
         raise LaunchError(
-            f"SGLang {version()} resolved this launch to {', '.join(found)} although it was rewritten to tensor "
+            f"SGLang {seams.version()} resolved this launch to {', '.join(found)} although it was rewritten to tensor "
             "parallelism: this model's own settings ask for it. EP2TP=off runs it as given"
         )
 

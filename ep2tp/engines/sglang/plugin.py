@@ -39,10 +39,8 @@ def register() -> None:
     if settings.mode is Mode.OFF:
         seams.WEIGHTS.wrap(worker.load_weights)
         return
-    from ep2tp.engines.sglang.launch import version
-
     guard.arm_if_inherited()
-    seams.resolve(version()).wrap(resolve)
+    seams.resolve().wrap(resolve)
     wrapt.register_post_import_hook(_register_resolution_hook, seams.A2A.module)
     worker.wrap_seams()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 from ep2tp.engines.seams import Seam, release
 
 VERSIONS = ("0.5.17", "0.5.19", "0.5.21", "0.5.23")
@@ -69,14 +71,19 @@ BUFFERS = (
 )
 
 
-def resolve(version: str) -> Seam:
-    """Where a launch is resolved in SGLang ``version``: 0.5.19 made it a step of its own."""
-    return _POST_INIT if release(version, 3) < (0, 5, 19) else _RESOLVE_ONCE
+def version() -> str:
+    """The installed SGLang's version."""
+    return metadata.version("sglang")
 
 
-def required(version: str) -> tuple[Seam, ...]:
+def resolve() -> Seam:
+    """Where the installed SGLang resolves a launch: 0.5.19 made it a step of its own."""
+    return _POST_INIT if release(version(), 3) < (0, 5, 19) else _RESOLVE_ONCE
+
+
+def required() -> tuple[Seam, ...]:
     """The seams without which nothing is rewritten or padded."""
-    return (resolve(version), RESOLVED_VIEW, MODEL, WEIGHTS, LOADED)
+    return (resolve(), RESOLVED_VIEW, MODEL, WEIGHTS, LOADED)
 
 
 ALL = (_POST_INIT, _RESOLVE_ONCE, RESOLVED_VIEW, MODEL, WEIGHTS, LOADED, A2A, *BUFFERS)
