@@ -256,7 +256,7 @@ def test_other_mlps_hold_the_original(stored: Stored, size: int, ranks: int, cla
     ids=["int4-192-a-rank", "nvfp4-88-a-rank"],
 )
 def test_sglang_alone_loads_wrong_scales_in_silence(stored: Stored, size: int, ranks: int, lost: int) -> None:
-    """The last rank's slice begins within a group, and its parameters hold one scale too few: no error, wrong values."""
+    """The last rank's slice begins within a group, and has room for one scale too few: no error, wrong values."""
     experts = [make_mlp(stored, size, expert) for expert in range(EXPERTS)]
     layer = Experts(stored, size, ranks - 1, ranks)
     layer.load(item for e, mlp in enumerate(experts) for item in as_checkpoint(mlp, f"{ROUTED}.{e}"))
