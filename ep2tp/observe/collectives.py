@@ -45,7 +45,8 @@ class Counting:
         """Mark the forward pass of each module, and start the profiler."""
         import torch
 
-        self._hooks = [handle for module in modules for handle in _mark(module)]
+        self._open: list[Any] = []  # ranges of passes that have begun
+        self._hooks = [handle for module in modules for handle in _mark(module, self._open)]
         self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
         self._profiler.start()
 
@@ -55,6 +56,8 @@ class Counting:
         Returns:
             ``layers``: forward passes of the modules; ``inside``: collectives within them by kind; ``outside``: others.
         """
+        while self._open:  # a pass may be at its end, in a hook that came before ours
+            self._open.pop().__exit__(None, None, None)
         self._profiler.stop()
         for handle in self._hooks:
             handle.remove()
@@ -128,10 +131,8 @@ def _moe_layers(model: Any) -> Iterator[Any]:
         yield modules[name.rpartition(".")[0]]
 
 
-def _mark(layer: Any) -> list[Any]:
+def _mark(layer: Any, open_ranges: list[Any]) -> list[Any]:
     import torch
-
-    open_ranges: list[Any] = []
 
     def enter(module: Any, inputs: Any) -> None:
         record = torch.profiler.record_function(_RANGE)
@@ -139,7 +140,8 @@ def _mark(layer: Any) -> list[Any]:
         open_ranges.append(record)
 
     def leave(module: Any, inputs: Any, output: Any) -> None:
-        open_ranges.pop().__exit__(None, None, None)
+        if open_ranges:
+            open_ranges.pop().__exit__(None, None, None)
 
     return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
 
