@@ -15,7 +15,6 @@ pytest.importorskip("vllm")
 from vllm.config.load import LoadConfig
 
 from ep2tp.checkpoint.reshard import reshard
-from ep2tp.engines.vllm import ranks_loader
 from ep2tp.engines.vllm.ranks_loader import RanksLoader
 from ep2tp.errors import CheckpointError, LaunchError
 from tests.checkpoint.checkpoints import FORMATS, Model, load, same_bits
@@ -100,4 +99,3 @@ def test_launches_that_do_not_fit(tmp_path: Path) -> None:
     (source / "ep2tp.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="leave out"):
         next(loader.get_all_weights(config, model_on(0, 2)))
-    assert ranks_loader.CUTS
