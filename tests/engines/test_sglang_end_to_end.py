@@ -26,7 +26,7 @@ pytestmark = pytest.mark.engine
 
 # 75 and 325 do not divide by 2.
 MODELS = {
-    "deepseek_v2": TinyModel("deepseek_v2", expert_size=75, shared_experts=2, dense_size=325),
+    "deepseek_v2": TinyModel("deepseek_v2", heads=8, expert_size=75, shared_experts=2, dense_size=325),
     "deepseek_v3": TinyModel("deepseek_v3", expert_size=75, shared_experts=2, dense_size=325),
     "kimi_k2": TinyModel("kimi_k2", expert_size=75, experts=12, top_k=3, dense_size=325),
     "glm4_moe": TinyModel("glm4_moe", heads=12, kv_heads=6, expert_size=75, dense_size=325),
