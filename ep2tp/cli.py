@@ -63,7 +63,7 @@ def rewrite(command: tuple[str, ...]) -> None:
 
     facts, why_no_facts = listing.facts_for(model_of(command))
     limits = Limits(facts.heads, facts.kv_heads, facts.vocabulary) if facts else None
-    rewritten = rewrite_command(command, limits)
+    rewritten = rewrite_command(command, limits, facts.config if facts else None)
     click.echo(shlex.join(rewritten.words))
     listing.print_changes(rewritten.changes, facts, why_no_facts, rewritten.gpus)
 

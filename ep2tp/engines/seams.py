@@ -76,10 +76,10 @@ class Seam:
 
 def _is_wrapped_by(wrapper: Wrapper, function: Any) -> bool:
     """Whether ``wrapper`` is among the wrappers of a function; others may have wrapped it before or since."""
-    while isinstance(function, wrapt.FunctionWrapper):
-        if function._self_wrapper is wrapper:
+    while function is not None:
+        if isinstance(function, wrapt.FunctionWrapper) and function._self_wrapper is wrapper:
             return True
-        function = function.__wrapped__
+        function = getattr(function, "__wrapped__", None)
     return False
 
 

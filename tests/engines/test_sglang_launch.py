@@ -23,7 +23,7 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from ep2tp.demo.tiny import TinyModel
-from ep2tp.engines.sglang import arguments, launch, padding, plugin, seams, worker
+from ep2tp.engines.sglang import arguments, experts, launch, padding, plugin, seams, worker
 from ep2tp.errors import CheckpointError, GuardError, LaunchError, ModelError, PatchError, SeamError
 from ep2tp.rewrite import guard
 from ep2tp.settings import Settings
@@ -451,11 +451,19 @@ def test_no_buffer_is_made_in_a_rewritten_launch(tiny_models: Path) -> None:
 @pytest.mark.parametrize(("ep_size", "dispatcher"), [(2, "StandardDispatcher"), (1, "MaybeTboDeepEPDispatcher")])
 def test_the_audit_finds_whole_experts_and_dispatchers(ep_size: int, dispatcher: str) -> None:
     layer = SimpleNamespace(moe_ep_size=ep_size, dispatcher=type(dispatcher, (), {})())
-    model = SimpleNamespace(named_modules=lambda: [("model.layers.1.mlp.experts", layer)])
+    model = SimpleNamespace(named_modules=lambda: [("model.layers.1.mlp.experts", layer)], modules=lambda: [layer])
     worker.state.note = {"rewritten": True, "padding": None}  # type: ignore[assignment]
     runner = SimpleNamespace(model=model, is_draft_worker=False)
     with pytest.raises(SeamError, match=rf"experts: moe_ep_size={ep_size}, dispatcher={dispatcher}"):
         worker.load_model(lambda: None, runner, (), {})
+
+
+def test_an_audit_of_nothing_is_an_error() -> None:
+    """Where SGLang changes its layers, the audit must not pass because it sees none."""
+    layer, block = SimpleNamespace(), SimpleNamespace(experts=SimpleNamespace())
+    model = SimpleNamespace(named_modules=lambda: [("mlp", block), ("mlp.experts", layer)], modules=lambda: [block])
+    with pytest.raises(SeamError, match="no layer of experts looks like SGLang's FusedMoE"):
+        experts.audit(model)
 
 
 def test_a_model_that_was_not_padded_is_noticed(tiny_models: Path, as_on_a_gpu: None) -> None:

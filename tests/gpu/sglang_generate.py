@@ -25,7 +25,7 @@ OPTIONS = {
     "disable_overlap_schedule": True,
     "skip_server_warmup": True,
     "skip_tokenizer_init": True,
-    "mem_fraction_static": 0.15,
+    "mem_fraction_static": 0.7,  # of what is free at the start; the next line is what bounds the cache
     "max_total_tokens": 4096,
     "max_running_requests": 4,
     "context_length": 512,

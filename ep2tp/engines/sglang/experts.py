@@ -50,9 +50,13 @@ def audit(model: Any) -> None:
         model: the ``torch.nn.Module`` that SGLang built.
 
     Raises:
-        SeamError: a layer holds whole experts, or sends tokens to other ranks.
+        SeamError: a layer holds whole experts, or sends tokens to other ranks; or layers of experts are not what ep2tp
+            knows, so that nothing was audited.
     """
-    for name, module in moe_layers(model):
+    layers = moe_layers(model)
+    if not layers and any(hasattr(module, "experts") for module in model.modules()):
+        raise SeamError("no layer of experts looks like SGLang's FusedMoE; run with EP2TP=off and report this")
+    for name, module in layers:
         dispatcher = type(module.dispatcher).__name__
         if module.moe_ep_size != 1 or dispatcher not in _STANDARD:
             raise SeamError(

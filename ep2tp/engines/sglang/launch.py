@@ -45,9 +45,11 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
 
 def read_config(arguments: Any) -> dict[str, Any] | None:
     """The model's config.json with ``--json-model-override-args``; None where it cannot be read."""
+    from ep2tp.model.facts import is_moe
+
     overrides = json.loads(arguments.json_model_override_args or "{}")
     config = read_model_config(str(arguments.model_path), arguments.revision, overrides=overrides)
-    if config is not None and "quantization_config" not in config:
+    if config is not None and is_moe(config) and "quantization_config" not in config:
         quantization = read_quantization_file(str(arguments.model_path), arguments.revision)
         config |= {"quantization_config": quantization} if quantization else {}
     return config

@@ -60,6 +60,13 @@ A2A = Seam(
     "called, not wrapped: takes back what a model's own defaults turn on again",
     ("0.5.21", "0.5.23"),
 )
+DECLARE = Seam(
+    "sglang.srt.arg_groups.overrides",
+    "declare_resolution",
+    ("server_args", "source"),
+    "called, not wrapped: how such a step sets a value",
+    _SINCE_0_5_19,
+)
 BUFFERS = (
     Seam(_DISPATCHERS + "deepep", "DeepEPBuffer.get_deepep_buffer", ("group",), _BUFFER, VERSIONS),
     Seam(_DISPATCHERS + "deepep_v2", "DeepEPv2Buffer.get_buffer", ("group",), _BUFFER, _SINCE_0_5_19),
@@ -86,4 +93,4 @@ def required() -> tuple[Seam, ...]:
     return (resolve(), RESOLVED_VIEW, MODEL, WEIGHTS, LOADED)
 
 
-ALL = (_POST_INIT, _RESOLVE_ONCE, RESOLVED_VIEW, MODEL, WEIGHTS, LOADED, A2A, *BUFFERS)
+ALL = (_POST_INIT, _RESOLVE_ONCE, RESOLVED_VIEW, MODEL, WEIGHTS, LOADED, A2A, DECLARE, *BUFFERS)
