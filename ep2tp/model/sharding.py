@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from dataclasses import field as default
 from math import lcm
 
 from ep2tp.errors import CheckpointError, ModelError
@@ -83,7 +82,7 @@ class ShardPlan:
     fields: Mapping[str, tuple[int, int]]
     left_to_engine: Mapping[ClassName, str]
     unchecked: Mapping[ClassName, str]
-    multiples: Mapping[ClassName, int] = default(default_factory=dict)
+    multiples: Mapping[ClassName, int]
 
     @property
     def is_padded(self) -> bool:
