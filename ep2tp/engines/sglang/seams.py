@@ -53,6 +53,13 @@ LOADED = Seam(
     "audits the loaded model: no dispatcher but the standard one, no expert parallelism, padding applied",
     VERSIONS,
 )
+KERNEL = Seam(
+    "sglang.srt.layers.moe.fused_moe_triton.layer",
+    "FusedMoE.run_moe_core",
+    ("self", "dispatch_output"),
+    "not wrapped yet: where a kernel of ep2tp's own will run the experts",
+    VERSIONS,
+)
 A2A = Seam(
     "sglang.srt.arg_groups.resolution_hooks",
     "register_resolution_hook",
@@ -93,4 +100,4 @@ def required() -> tuple[Seam, ...]:
     return (resolve(), RESOLVED_VIEW, MODEL, WEIGHTS, LOADED)
 
 
-ALL = (_POST_INIT, _RESOLVE_ONCE, RESOLVED_VIEW, MODEL, WEIGHTS, LOADED, A2A, DECLARE, *BUFFERS)
+ALL = (_POST_INIT, _RESOLVE_ONCE, RESOLVED_VIEW, MODEL, WEIGHTS, LOADED, KERNEL, A2A, DECLARE, *BUFFERS)
