@@ -46,7 +46,8 @@ $(VENV)/ready: pyproject.toml Makefile
 	$(PIP) --editable '.[test]'
 	touch $@
 
-# SGLang is made for CUDA; the requirements leave out what needs it, and the shim stands in for it (see its files).
+# SGLang is made for CUDA; the requirements leave out what needs it, and the shim stands in for it (see its files). The
+# oldest version that ep2tp knows lies beside it, in a folder that a test puts in front of the newer one.
 $(VENV_SGLANG)/ready: pyproject.toml Makefile $(wildcard tests/engines/sglang_cpu/*.* tests/engines/sglang_cpu/*/*.py)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ep2tp needs Python 3.11 or later")'
 	$(PYTHON) -m venv $(VENV_SGLANG)
@@ -55,6 +56,7 @@ $(VENV_SGLANG)/ready: pyproject.toml Makefile $(wildcard tests/engines/sglang_cp
 	$(PIP_SGLANG) --no-deps sglang==0.5.23 torchvision==0.28.0
 	$(PIP_SGLANG) --requirement tests/engines/sglang_cpu/requirements.txt
 	$(PIP_SGLANG) ./tests/engines/sglang_cpu
+	$(PIP_SGLANG) --no-deps --target $(VENV_SGLANG)/sglang-0.5.17 sglang==0.5.17 transformers==5.12.1 tokenizers==0.22.2
 	$(PIP_SGLANG) --editable '.[test]'
 	touch $@
 
