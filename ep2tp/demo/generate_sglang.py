@@ -12,7 +12,7 @@ from typing import Any
 
 from ep2tp.observe.collectives import SGLANG_HOOK
 
-_OPTIONS = {
+OPTIONS = {
     "device": "cpu",
     "attention_backend": "torch_native",
     "disable_cuda_graph": True,
@@ -39,7 +39,7 @@ def generate(request: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     passes = len(request["prompts"]) * request["max_tokens"] - 2  # of the model; the first one starts the counting
     hook = SGLANG_HOOK | {"config": {"folder": str(folder), "passes": passes}}
-    engine = sglang.Engine(**_OPTIONS, forward_hooks=[hook], **request["engine"])
+    engine = sglang.Engine(**OPTIONS, forward_hooks=[hook], **request["engine"])
     sampling = {"temperature": 0, "max_new_tokens": request["max_tokens"], "ignore_eos": True}
     outputs = [engine.generate(input_ids=[prompt], sampling_params=sampling) for prompt in request["prompts"]]
     engine.shutdown()
