@@ -11,7 +11,8 @@
 set -uo pipefail
 repo=$(cd "$(dirname "$0")/../.." && pwd)
 KIT=$(realpath "$KIT") OUT=$(realpath -m "$OUT") site=/opt/sgl meta=/tmp/ep2tp_meta
-export GPU_TEST_LOGS=/tmp/gpu_test_logs PYTHONPATH=$repo:$site:$meta
+export GPU_TEST_LOGS=/tmp/sglang_gpu_logs PYTHONPATH=$repo:$site:$meta
+rm -rf "$GPU_TEST_LOGS"
 mkdir -p "$site" "$OUT" "$GPU_TEST_LOGS" "$meta/ep2tp-0.1.0.dist-info"
 
 # ep2tp's own entry points, without building a wheel here.
