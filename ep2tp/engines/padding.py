@@ -25,8 +25,10 @@ def facts_of_launch(config: Mapping[str, Any], model: str, settings: Settings, i
     Raises:
         ModelError: the launch was rewritten, and the config lacks what the patch needs.
     """
+    if not is_moe(config):
+        return None
     families = load_families(settings.patches, settings.patch_path)
-    if not is_moe(config) or find_family(config, families) is None:
+    if find_family(config, families) is None:
         return None
     try:
         return facts_of(config, model, families)
