@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
+import torch
 from sglang.srt.arg_groups.overrides import resolved_view
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
@@ -240,6 +241,22 @@ def test_odd_sizes_are_planned(tiny_models: Path, as_on_a_gpu: None, messages: l
     assert len(messages) == 1
     for part in ("EP2TP=on", "patch: deepseek_v3", "--ep-size", "+6.7% memory", "kernel: the engine's"):
         assert part in messages[0]
+
+
+def test_a_draft_is_padded_where_it_is_of_the_same_checkpoint(tiny_models: Path, as_on_a_gpu: None) -> None:
+    """An MTP draft is: SGLang loads it as a second model, whose config it reads once more."""
+    model = tiny_model(tiny_models, replace(ODD, mtp_layers=1))
+    args = server_args(model, tp_size=2)
+    args.resolve_once()
+    name = "model.layers.3.mlp.experts.0.gate_proj.weight"
+    weights = [(name, torch.zeros(75, 256))]
+    for path, size in ((str(model), 80), ("/another/draft", 75)):
+        config = SimpleNamespace(moe_intermediate_size=75, intermediate_size=325)
+        draft = SimpleNamespace(model_path=path, hf_config=config, hf_text_config=config)
+        worker.initialize_model(lambda config: None, None, (draft,), {})
+        streamed = worker.load_weights(lambda config, model: iter(weights), None, (draft, None), {})
+        assert config.moe_intermediate_size == size
+        assert [tuple(tensor.shape) for _, tensor in streamed] == [(size, 256)]
 
 
 def test_on_a_cpu_sglang_pads_itself_and_ep2tp_says_so(tiny_models: Path, messages: list[str]) -> None:
