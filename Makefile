@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_SGLANG ?= .venv-sglang
 EXTRA_INDEX ?=
+TESTS_SGLANG ?= $(wildcard tests/engines/test_sglang_*.py)
 INSTALL = --disable-pip-version-check install $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 PIP = $(VENV)/bin/pip $(INSTALL)
 PIP_SGLANG = $(VENV_SGLANG)/bin/pip $(INSTALL)
@@ -28,7 +29,7 @@ test-vllm: $(VENV)/ready
 	$(VENV)/bin/python -m pytest $(TESTS)
 
 test-sglang: $(VENV_SGLANG)/ready
-	$(VENV_SGLANG)/bin/python -m pytest $(or $(TESTS),$(wildcard tests/engines/test_sglang_*.py))
+	$(VENV_SGLANG)/bin/python -m pytest $(TESTS_SGLANG)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check ep2tp tests
