@@ -102,7 +102,7 @@ def load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywor
 
         experts.audit(instance.model)
         for path in guard.mapped_libraries():
-            logger.warning("ep2tp: %s is mapped into this process although the launch needs no all-to-all", path)
+            logger.info("ep2tp: %s is mapped, because SGLang imports it before plugins run; it gets no buffer", path)
     if state.note is not None and state.note["padding"] and not instance.is_draft_worker:
         _check_padded(instance.model_config)
     return result
