@@ -35,7 +35,8 @@ def plan(arguments: Any, settings: Settings, is_rewritten: bool) -> ShardPlan | 
         return None
     ranks = view.tp_size // (view.moe_dp_size or 1)
     handled = experts.left_to_engine(facts, ranks, view.device)
-    kernel = {} if handled and experts.pads_itself(view.device) else experts.multiples(facts)
+    # What a kernel would like is no reason to refuse weights that cannot be padded.
+    kernel = experts.multiples(facts) if _streams(view) and not experts.pads_itself(view.device) else {}
     found = plan_shards(facts, ranks, handled, view.tp_size, kernel)
     if is_rewritten:
         padding.refuse_unchecked(found)
@@ -45,6 +46,14 @@ def plan(arguments: Any, settings: Settings, is_rewritten: bool) -> ShardPlan | 
     return found
 
 
+def _streams(view: Any) -> bool:
+    return str(view.load_format) in _STREAMED and _weight_load_mode(view) == "serial"
+
+
+def _weight_load_mode(view: Any) -> str:
+    return str(getattr(view, "startup_weight_load_mode", "serial"))  # since 0.5.19
+
+
 def _refuse_unpaddable(found: ShardPlan, view: Any, settings: Settings) -> None:
     needs = padding.needs_padding(found)
     how = f"{needs}, which ep2tp does as weights stream from their files through SGLang's default loader; "
@@ -52,7 +61,7 @@ def _refuse_unpaddable(found: ShardPlan, view: Any, settings: Settings) -> None:
         raise LaunchError(
             f"{how}--load-format {view.load_format} is another. Use --load-format auto, or a size that divides"
         )
-    if getattr(view, "startup_weight_load_mode", "serial") != "serial":
-        raise LaunchError(f"{how}--startup-weight-load-mode {view.startup_weight_load_mode} is not. Use serial")
+    if (mode := _weight_load_mode(view)) != "serial":
+        raise LaunchError(f"{how}--startup-weight-load-mode {mode} is another way. Use serial")
     if problem := seam_problem(settings):
         raise SeamError(f"{needs}, but {problem}. Use a tensor-parallel size that divides, or EP2TP=off")
