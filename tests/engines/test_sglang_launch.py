@@ -531,6 +531,11 @@ def test_a_config_that_cannot_be_read_is_a_warning(monkeypatch: pytest.MonkeyPat
         launch.rewrite(args, Settings.from_environment())
 
 
+def test_a_launch_without_a_model_is_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "read_config", lambda args: pytest.fail("looked for a model named dummy"))
+    assert resolve(Path("dummy"), tp_size=2, ep_size=2).ep_size == 2
+
+
 def test_a_later_launch_of_the_same_process_is_not_guarded(tiny_models: Path) -> None:
     model = tiny_model(tiny_models, DIVIDES)
     resolve(model, tp_size=2, ep_size=2)

@@ -23,6 +23,8 @@ from ep2tp.settings import Kernel, Mode, Settings
 
 logger = logging.getLogger("sglang.ep2tp")
 
+_NO_MODEL = ("none", "dummy")  # SGLang's names for a launch without a model
+
 
 def register() -> None:
     """Wrap the seams. Idempotent; ``EP2TP=off`` wraps only what reads rank files.
@@ -49,7 +51,8 @@ def resolve(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], k
     """Around the step that resolves a ``ServerArgs``, before which no worker exists. Resolving twice is a no-op."""
     settings = Settings.from_environment()
     is_resolved = find(instance) is not None or getattr(instance, "_resolution_finished", False)
-    if settings.mode is Mode.OFF or worker.state.joined or is_resolved:
+    has_model = str(instance.model_path).lower() not in _NO_MODEL
+    if settings.mode is Mode.OFF or worker.state.joined or is_resolved or not has_model:
         return wrapped(*args, **kwargs)
     from ep2tp.engines.padding import note_of
     from ep2tp.engines.sglang import launch, padding
