@@ -30,7 +30,7 @@ class _Group(click.Group):
 def main() -> None:
     """Run expert-parallel MoE recipes with tensor parallelism only.
 
-    Installed beside vLLM, ep2tp needs no command: a launch that assumes expert parallelism runs as tensor parallel.
+    Installed beside vLLM or SGLang, ep2tp needs no command: a launch that assumes expert parallelism runs as TP.
     EP2TP=auto|on|off says when. These commands show what it does, without an engine.
     """
 
@@ -66,21 +66,22 @@ def rewrite(command: tuple[str, ...]) -> None:
 
     facts, why_no_facts = listing.facts_for(model_of(command))
     limits = Limits(facts.heads, facts.kv_heads, facts.vocabulary) if facts else None
-    rewritten = rewrite_command(command, limits)
+    rewritten = rewrite_command(command, limits, facts.config if facts else None)
     click.echo(shlex.join(rewritten.words))
     listing.print_changes(rewritten.changes, facts, why_no_facts, rewritten.gpus)
 
 
 @main.command()
+@click.option("--engine", type=click.Choice(["vllm", "sglang"]), default="vllm", show_default=True)
 @click.option("--tp", type=click.IntRange(2, 3), default=2, show_default=True, help="Ranks of the rewritten launch.")
 @click.option("--keep", type=click.Path(file_okay=False), help="Folder for the tiny checkpoint and the logs.")
-def demo(tp: int, keep: str | None) -> None:
-    """Run a tiny DeepSeek-V3 in vLLM on this CPU: one rank, expert parallel, and rewritten to tensor parallel."""
+def demo(engine: str, tp: int, keep: str | None) -> None:
+    """Run a tiny DeepSeek-V3 on this CPU: one rank, expert parallel, and rewritten to tensor parallel."""
     from pathlib import Path
 
     from ep2tp.demo.run import run_demo
 
-    sys.exit(run_demo(tp, Path(keep) if keep else None))
+    sys.exit(run_demo(engine, tp, Path(keep) if keep else None))
 
 
 main.add_command(detect_command)

@@ -9,11 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ep2tp.checkpoint.manifest import MANIFEST
 from ep2tp.errors import CheckpointError
 
 STATE = ".ep2tp"
 LOCK = ".ep2tp.lock"
-MANIFEST = "ep2tp.json"
 PLAN = f"{STATE}/plan.json"
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ep2tp.checkpoint.earlier import LOCK, PLAN, STATE, check_free, load, remove_earlier
-from ep2tp.checkpoint.earlier import MANIFEST as MANIFEST
 from ep2tp.checkpoint.lock import locked
+from ep2tp.checkpoint.manifest import MANIFEST
 from ep2tp.checkpoint.writer import make_folder, write_file
 from ep2tp.errors import CheckpointError
 

@@ -87,9 +87,7 @@ class InputFile:
         """
         now = os.fstat(self._file)
         if (now.st_size, now.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
-            raise CheckpointError(
-                f"{self.path}: was changed while it was read; run the command again"
-            )
+            raise CheckpointError(f"{self.path}: was changed while it was read; run the command again")
 
     def close(self) -> None:
         """Close the file."""

@@ -8,11 +8,12 @@ from pathlib import Path
 from ep2tp.checkpoint.config_files import new_config, new_index
 from ep2tp.checkpoint.conversion import Conversion, Layout
 from ep2tp.checkpoint.deepseek_parts import PartsSource, is_parts
-from ep2tp.checkpoint.earlier import MANIFEST, STATE
+from ep2tp.checkpoint.earlier import STATE
 from ep2tp.checkpoint.header import parse_json
 from ep2tp.checkpoint.hub import HubSource
 from ep2tp.checkpoint.hub_cache import download
 from ep2tp.checkpoint.jobs import check_outputs, plan_jobs
+from ep2tp.checkpoint.manifest import MANIFEST
 from ep2tp.checkpoint.reader import INDEX
 from ep2tp.checkpoint.source import UNREAD, LocalSource, Source
 from ep2tp.errors import CheckpointError, ModelError

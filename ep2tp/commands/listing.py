@@ -20,10 +20,11 @@ from ep2tp.settings import Settings
 
 def print_families(families: Mapping[str, Family]) -> None:
     """A table of the patches in force."""
-    table = _table("patch", "models", "matches", "vLLM versions checked")
+    table = _table("patch", "models", "matches", "vLLM versions checked", "SGLang")
     for name, family in families.items():
         matches = ", ".join((*family.match.model_types, *family.match.architectures))
-        table.add_row(name, family.title, matches, ", ".join(family.checked.get("vllm", ())) or "none")
+        versions = (", ".join(family.checked.get(engine, ())) or "none" for engine in ("vllm", "sglang"))
+        table.add_row(name, family.title, matches, *versions)
     Console().print(table)
 
 

@@ -5,11 +5,13 @@ Uses the rules of the plugins, but reads flags as text: neither engine has to be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Any
 
 from ep2tp.engines.sglang.arguments import RULES as SGLANG
+from ep2tp.engines.sglang.arguments import without_harmless_prefill_cp
 from ep2tp.engines.vllm.arguments import RULES as VLLM
 from ep2tp.errors import LaunchError
 from ep2tp.rewrite.parallel_plan import Change, LaunchRules, Limits, Setting, to_tensor_parallel
@@ -60,12 +62,15 @@ def rules_of(words: Sequence[str]) -> LaunchRules:
     )
 
 
-def rewrite_command(words: Sequence[str], limits: Limits | None = None) -> RewrittenCommand:
+def rewrite_command(
+    words: Sequence[str], limits: Limits | None = None, config: Mapping[str, Any] | None = None
+) -> RewrittenCommand:
     """Rewrite a command line.
 
     Args:
         words: the command, split as a shell splits it; words before the engine (``env``, variables) are kept.
         limits: what of the model has to divide, where known.
+        config: the model's config.json, where known.
 
     Raises:
         LaunchError: it starts neither engine, takes settings from a file, or cannot become tensor parallel.
@@ -74,7 +79,9 @@ def rewrite_command(words: Sequence[str], limits: Limits | None = None) -> Rewri
     if "--config" in words:
         raise LaunchError("--config: settings in a file are not read here; put them on the command line")
     uses = _uses(words, rules)
-    values = {use.setting.field: use.value for use in uses}
+    values: Mapping[str, Any] = {use.setting.field: use.value for use in uses}
+    if rules is SGLANG:
+        values = without_harmless_prefill_cp(values, config)
     changes = to_tensor_parallel(rules, values, limits)
     after = {change.setting.field: change.after for change in changes}
     kept: list[str] = []

@@ -1,13 +1,15 @@
-"""``ep2tp demo``: the main job on a built-in tiny model, on a real vLLM on this CPU, checked as it goes."""
+"""``ep2tp demo``: the main job on a built-in tiny model, on a real engine on this CPU, checked as it goes."""
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ep2tp.demo.engines import ENGINES, DemoEngine
 from ep2tp.demo.launch import PROMPTS, EngineRun, run_engine
 from ep2tp.demo.tiny import TinyModel
 from ep2tp.errors import Ep2tpError
@@ -16,49 +18,49 @@ from ep2tp.errors import Ep2tpError
 MODEL = TinyModel(expert_size=75, shared_experts=2, dense_size=324)
 
 
-def run_demo(ranks: int, keep: Path | None) -> int:
+def run_demo(engine: str, ranks: int, keep: Path | None) -> int:
     """Run the demo; returns 0 if tokens and collectives are as claimed, else 1.
 
     Args:
+        engine: ``vllm`` or ``sglang``.
         ranks: tensor-parallel size of the rewritten launch.
         keep: folder for the checkpoint and the logs; a temporary one where None.
     """
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
-        return _Demo(keep, ranks).run()
+        return _Demo(ENGINES[engine], keep, ranks).run()
     with tempfile.TemporaryDirectory(prefix="ep2tp-demo-") as folder:
-        return _Demo(Path(folder), ranks).run()
+        return _Demo(ENGINES[engine], Path(folder), ranks).run()
 
 
 class _Demo:
-    def __init__(self, folder: Path, ranks: int) -> None:
-        self.folder, self.ranks = folder, ranks
+    def __init__(self, engine: DemoEngine, folder: Path, ranks: int) -> None:
+        self.engine, self.folder, self.ranks = engine, folder, ranks
         self.console = Console(highlight=False)
-        self.engine: dict[str, Any] = {"model": str(folder / "model"), "dtype": "float32"}
+        self.options: dict[str, Any] = {engine.model_argument: str(folder / "model"), "dtype": "float32"}
 
     def run(self) -> int:
         """All steps in order."""
-        _require_vllm()
+        _require(self.engine)
         MODEL.write(self.folder / "model", "float32")
         self.console.print(
             f"A tiny DeepSeek-V3: {MODEL.experts} experts, top {MODEL.top_k}, moe_intermediate_size "
             f"{MODEL.expert_size}, {MODEL.shared_experts} shared experts, a dense first layer of {MODEL.dense_size}, "
             f"MLA; in {self.folder}"
         )
-        stock_tp = {**self.engine, "tensor_parallel_size": self.ranks}
-        recipe = {**stock_tp, "enable_expert_parallel": True}
-        flags = f"--tensor-parallel-size {self.ranks} --enable-expert-parallel"
-        reference = self._step("1/4 reference: one rank", "reference", self.engine, "off")
-        self._step(f"2/4 --tensor-parallel-size {self.ranks}, EP2TP=off", "stock-tp", stock_tp, "off")
+        tensor_parallel, recipe = self.engine.tensor_parallel(self.ranks), self.engine.recipe(self.ranks)
+        tp_flags, flags = (self.engine.flags_of(options) for options in (tensor_parallel, recipe))
+        reference = self._step("1/4 reference: one rank", "reference", {}, "off")
+        self._step(f"2/4 {tp_flags}, EP2TP=off", "stock-tp", tensor_parallel, "off")
         stock = self._step(f"3/4 {flags}, EP2TP=off", "stock-ep", recipe, "off")
         rewritten = self._step(f"4/4 {flags}, EP2TP=on", "rewritten", recipe, "on")
         return self._report(reference, stock, rewritten)
 
-    def _step(self, title: str, name: str, engine: dict[str, Any], mode: str) -> EngineRun:
+    def _step(self, title: str, name: str, options: dict[str, Any], mode: str) -> EngineRun:
         if not self.console.is_terminal:
             self.console.print(f"{title} (about 30 s) ...", soft_wrap=True)
         with self.console.status(f"{title} (about 30 s)"):
-            run = run_engine(self.folder, name, engine, mode)
+            run = run_engine(self.folder, name, self.options | options, mode, self.engine)
         outcome = "ran" if run.result else f"failed: {run.failure}"
         self.console.print(f"{title}: {outcome} ({run.seconds:.0f} s)", soft_wrap=True)
         return run
@@ -68,7 +70,7 @@ class _Demo:
             failed = reference if reference.result is None else rewritten
             self.console.print(f"\n{failed.log[-4000:]}\n[bold]FAILED[/]: {failed.failure}", markup=True)
             return 1
-        self.console.print("\nWhat ep2tp wrote to vLLM's log:")
+        self.console.print(f"\nWhat ep2tp wrote to {self.engine.title}'s log:")
         for line in rewritten.ep2tp_lines:
             self.console.print(f"  {line}", soft_wrap=True, markup=False)
         same_tokens = self._compare_tokens(reference, stock, rewritten)
@@ -92,17 +94,14 @@ class _Demo:
         assert rewritten.result
         as_claimed = True
         for rank, counts in enumerate(rewritten.result["collectives"]):
-            layers, inside = counts["layers"], counts["inside"]
-            per_layer = (
-                ", ".join(f"{n / layers:g} {kind}" for kind, n in inside.items()) if layers else "no layers seen"
-            )
-            self.console.print(f"Collectives of rank {rank}: {per_layer} per MoE layer ({layers} layer passes counted)")
-            as_claimed &= layers > 0 and inside == {"all_reduce": layers}
+            passes, inside = counts["layers"], counts["inside"]
+            share = ", ".join(f"{n / passes:g} {kind}" for kind, n in inside.items()) if passes else "nothing seen"
+            self.console.print(f"Collectives of rank {rank}: {share} per {self.engine.counted} ({passes} counted)")
+            as_claimed &= passes > 0 and inside == {"all_reduce": passes * self.engine.all_reduces(MODEL.layers)}
         return as_claimed
 
 
-def _require_vllm() -> None:
-    try:
-        import vllm  # noqa: F401
-    except ImportError as error:
-        raise Ep2tpError(f"the demo runs a real vLLM, which cannot be imported here: {error}; see the README") from None
+def _require(engine: DemoEngine) -> None:
+    package = engine.title.lower()
+    if importlib.util.find_spec(package) is None:
+        raise Ep2tpError(f"the demo runs a real {engine.title}, which is not installed here; see the README")

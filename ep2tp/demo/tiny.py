@@ -1,4 +1,4 @@
-"""Writes tiny random checkpoints in the layouts that DeepSeek-V3, Kimi-K2, GLM-4.5 and Qwen3-MoE are published in.
+"""Writes tiny random checkpoints in the layouts of DeepSeek-V2 and V3, Kimi-K2, GLM-4.5 and Qwen3-MoE.
 
 Names and shapes follow the published checkpoints (one tensor per expert and projection); the attention sizes are the
 smallest that vLLM's CPU kernels take. Needs torch and safetensors, which every engine brings.
@@ -42,7 +42,7 @@ class TinyModel:
     """A tiny checkpoint to write.
 
     Attributes:
-        family: ``deepseek_v3``, ``kimi_k2``, ``glm4_moe`` or ``qwen3_moe``.
+        family: ``deepseek_v2``, ``deepseek_v3``, ``kimi_k2``, ``glm4_moe`` or ``qwen3_moe``.
         expert_size: ``moe_intermediate_size``.
         shared_experts: ``n_shared_experts``; Qwen3-MoE has none.
         dense_size: ``intermediate_size`` of the dense first layer; Qwen3-MoE has none.
@@ -66,7 +66,12 @@ class TinyModel:
     @property
     def uses_mla(self) -> bool:
         """Whether attention is multi-head latent attention."""
-        return self.family in ("deepseek_v3", "kimi_k2")
+        return self.family in ("deepseek_v2", "deepseek_v3", "kimi_k2")
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether the router adds a bias to each expert's score before it chooses."""
+        return self.family not in ("deepseek_v2", "qwen3_moe")
 
     @property
     def dense_layers(self) -> int:
@@ -116,9 +121,12 @@ class TinyModel:
         if self.family == "glm4_moe":
             glm = {"head_dim": 64, "partial_rotary_factor": 0.5, "attention_bias": True, "use_qk_norm": True}
             return {"architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", **glm, **deepseek}
+        if self.family == "deepseek_v2":
+            deepseek |= {"topk_method": "greedy", "scoring_func": "softmax"}
         # Kimi-K2's own config is "kimi_k2" over DeepSeek-V3's architecture; engines read it as DeepSeek-V3.
+        version = "V2" if self.family == "deepseek_v2" else "V3"
         return {
-            "architectures": ["DeepseekV3ForCausalLM"],
+            "architectures": [f"Deepseek{version}ForCausalLM"],
             "model_type": self.family,
             "moe_layer_freq": 1,
             "rope_scaling": _YARN,
@@ -161,7 +169,7 @@ class TinyModel:
                 yield f"{prefix}.mlp.{module}down_proj.weight", matrix(self.hidden, size)
             if layer >= self.dense_layers:
                 yield f"{prefix}.mlp.gate.weight", matrix(self.experts, self.hidden)
-                if self.family != "qwen3_moe":
+                if self.has_router_bias:
                     bias = torch.randn(self.experts, generator=generator) * 0.1
                     yield f"{prefix}.mlp.gate.e_score_correction_bias", bias
         yield "model.norm.weight", torch.ones(self.hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,14 @@ class Seam:
             return f"{self.module}.{self.attribute}: parameters {names}, expected to begin with {self.parameters}"
         return None
 
+    def is_wrapped(self, wrapper: Wrapper) -> bool:
+        """Whether ``wrapper`` is around the function, where its module is imported."""
+        owner: Any = sys.modules.get(self.module)
+        *path, last = self.attribute.split(".")
+        for name in path:
+            owner = getattr(owner, name, None)
+        return owner is not None and _is_wrapped_by(wrapper, vars(owner).get(last))
+
     def wrap(self, wrapper: Wrapper) -> None:
         """Wrap the function now, or when its module is first imported. Wrapping twice is a no-op.
 
@@ -67,15 +76,21 @@ class Seam:
 
 def _is_wrapped_by(wrapper: Wrapper, function: Any) -> bool:
     """Whether ``wrapper`` is among the wrappers of a function; others may have wrapped it before or since."""
-    while isinstance(function, wrapt.FunctionWrapper):
-        if function._self_wrapper is wrapper:
+    while function is not None:
+        if isinstance(function, wrapt.FunctionWrapper) and function._self_wrapper is wrapper:
             return True
-        function = function.__wrapped__
+        function = getattr(function, "__wrapped__", None)
     return False
 
 
 def problem(
-    engine: str, version: str, checked: tuple[str, ...], seams: Iterable[Seam], strict: bool, insists: bool
+    engine: str,
+    version: str,
+    checked: tuple[str, ...],
+    seams: Iterable[Seam],
+    strict: bool,
+    insists: bool,
+    parts: int = 2,
 ) -> str | None:
     """Why an engine is left alone, or None where its version is known and all seams hold.
 
@@ -86,6 +101,7 @@ def problem(
         seams: what ep2tp wraps.
         strict: raise instead (EP2TP_STRICT=1).
         insists: whether the user wants ep2tp on an unknown version too (EP2TP=on); seams have to hold in any case.
+        parts: numbers of a version that name a release of the engine: 2 of vLLM's 0.32.0, 3 of SGLang's 0.5.23.
 
     Raises:
         SeamError: ``strict``, and there is a problem.
@@ -93,7 +109,7 @@ def problem(
     found = "; ".join(p for seam in seams if (p := seam.problem()))
     if found:
         found = f"{engine} {version} has changed where ep2tp touches it: {found}"
-    elif not insists and not _release(checked[0]) <= _release(version) <= _release(checked[-1]):
+    elif not insists and not release(checked[0], parts) <= release(version, parts) <= release(checked[-1], parts):
         known = f"{checked[0]} to {checked[-1]}"
         found = f"ep2tp knows {engine} {known}, not {version}; EP2TP=on uses ep2tp all the same"
     if found and strict:
@@ -101,6 +117,6 @@ def problem(
     return found or None
 
 
-def _release(version: str) -> tuple[int, ...]:
-    """Major and minor number; none of a version that has no numbers, such as a source build's ``dev``."""
-    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:2])
+def release(version: str, parts: int) -> tuple[int, ...]:
+    """The first numbers of a version; none of one that has no numbers, such as a source build's ``dev``."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:parts])

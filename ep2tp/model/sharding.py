@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 
 from ep2tp.errors import CheckpointError, ModelError
 from ep2tp.layout.shard import Cut
@@ -79,6 +79,7 @@ class ShardPlan:
         fields: config fields whose value grows: (before, after).
         left_to_engine: for each class that does not divide but that the engine handles exactly, how it does.
         unchecked: for each class whose format ep2tp does not know, and whose slices might cut a group, why.
+        multiples: for classes whose slices the engine's kernel takes at multiples of a size only, that size.
     """
 
     facts: ModelFacts
@@ -87,6 +88,7 @@ class ShardPlan:
     fields: Mapping[str, tuple[int, int]]
     left_to_engine: Mapping[ClassName, str]
     unchecked: Mapping[ClassName, str]
+    multiples: Mapping[ClassName, int]
 
     @property
     def is_padded(self) -> bool:
@@ -196,6 +198,7 @@ def plan_shards(
     ranks: int,
     left_to_engine: Mapping[ClassName, str] | None = None,
     dense_ranks: int | None = None,
+    multiples: Mapping[ClassName, int] | None = None,
 ) -> ShardPlan:
     """Plan the slices of every class with the least padding for equal slices of whole blocks.
 
@@ -208,18 +211,19 @@ def plan_shards(
             left alone unless another class changes their config field.
         dense_ranks: ranks over which shared experts and dense MLPs are sliced, where not over all (data parallelism
             without expert parallelism slices only the routed experts over every rank).
+        multiples: sizes of which a class's slices have to be multiples, besides whole blocks, for the engine's kernel.
 
     Raises:
         ModelError: a class that does not divide is stored in a format that ep2tp does not know.
     """
-    handled = dict(left_to_engine or {})
+    handled, multiples = dict(left_to_engine or {}), dict(multiples or {})
     ranks_of = {c.name: ranks if c.name == "routed" else dense_ranks or ranks for c in facts.classes}
     splits: dict[ClassName, Split] = {}
     fields: dict[str, tuple[int, int]] = {}
     for field in dict.fromkeys(c.field for c in facts.classes):
         classes = [c for c in facts.classes if c.field == field]
         before = classes[0].size // classes[0].times
-        after = _padded_field(facts, before, classes, ranks_of, handled)
+        after = _padded_field(facts, before, classes, ranks_of, handled, multiples)
         if after != before:
             fields[field] = (before, after)
         for c in classes:
@@ -233,7 +237,7 @@ def plan_shards(
         for c in facts.classes
         if not c.is_known and ranks_of[c.name] > 1 and c.size % (ranks_of[c.name] * _LARGEST_GROUP)
     }
-    return ShardPlan(facts, ranks, splits, fields, handled, unchecked)
+    return ShardPlan(facts, ranks, splits, fields, handled, unchecked, multiples)
 
 
 def _padded_field(
@@ -242,9 +246,14 @@ def _padded_field(
     classes: list[TensorClass],
     ranks_of: Mapping[ClassName, int],
     handled: Mapping[ClassName, str],
+    multiples: Mapping[ClassName, int],
 ) -> int:
     cut = [c for c in classes if ranks_of[c.name] > 1]  # what is not cut may end in a partly filled block
-    needs = [(c.times, ranks_of[c.name] * (c.block if c.is_known else 1)) for c in cut if c.name not in handled]
+
+    def slices(c: TensorClass, block: int) -> tuple[int, int]:
+        return c.times, ranks_of[c.name] * lcm(block, multiples.get(c.name, 1))
+
+    needs = [slices(c, c.block) if c.is_known else (c.times, ranks_of[c.name]) for c in cut if c.name not in handled]
     if least_padded(size, 1, needs) == size:
         return size
     for c in cut:
@@ -254,4 +263,4 @@ def _padded_field(
                 f"and its weights ({c.name}) are stored by {facts.quantization.method}, which ep2tp cannot pad; use a "
                 f"tensor-parallel size that divides {size}, or another quantisation of the model"
             )
-    return least_padded(size, 1, [(c.times, ranks_of[c.name] * c.padded_block) for c in cut])
+    return least_padded(size, 1, [slices(c, c.padded_block) for c in cut])

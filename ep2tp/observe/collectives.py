@@ -1,18 +1,26 @@
-"""Counts the collectives that each MoE layer of a running vLLM worker makes, with torch's own profiler.
+"""Counts the collectives that parts of a model make in a running engine's worker, with torch's own profiler.
 
-Pass :data:`EXTENSION` as ``worker_extension_cls``, then call the two methods through ``LLM.collective_rpc``. Works in
-eager mode, where a layer's module hooks run.
+vLLM: pass :data:`EXTENSION` as ``worker_extension_cls``, then call the two methods through ``LLM.collective_rpc``; each
+MoE layer is counted. SGLang: pass :data:`SGLANG_HOOK` in ``forward_hooks``; the whole decoder is counted, because a MoE
+layer's all_reduce may happen at the border to the next layer. Works in eager mode, where a module's hooks run.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 EXTENSION = "ep2tp.observe.collectives.CollectiveCounter"
+SGLANG_HOOK = {
+    "name": "ep2tp",
+    "target_modules": ["model"],  # the decoder; the module around it is called without its hooks
+    "hook_factory": "ep2tp.observe.collectives:count_in_sglang",
+}
 
-_RANGE = "ep2tp.moe_layer"
+_RANGE = "ep2tp.counted"
 _KINDS = {
     "allreduce": "all_reduce",
     "all_reduce": "all_reduce",
@@ -30,29 +38,30 @@ _KINDS = {
 }
 
 
-class CollectiveCounter:
-    """Methods that vLLM adds to its worker class."""
+class Counting:
+    """One counting of the collectives in some modules, from its making until :meth:`stop`."""
 
-    model_runner: Any
-
-    def ep2tp_start_counting(self) -> None:
-        """Mark every MoE layer's forward pass, and start the profiler."""
+    def __init__(self, modules: Iterable[Any]) -> None:
+        """Mark the forward pass of each module, and start the profiler."""
         import torch
 
-        self._ep2tp_hooks = [handle for layer in _moe_layers(self.model_runner.model) for handle in _mark(layer)]
-        self._ep2tp_profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-        self._ep2tp_profiler.start()
+        self._open: list[Any] = []  # ranges of passes that have begun
+        self._hooks = [handle for module in modules for handle in _mark(module, self._open)]
+        self._profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+        self._profiler.start()
 
-    def ep2tp_stop_counting(self) -> dict[str, Any]:
+    def stop(self) -> dict[str, Any]:
         """Stop, and return this rank's counts.
 
         Returns:
-            ``layers``: forward passes of MoE layers; ``inside``: collectives within them by kind; ``outside``: others.
+            ``layers``: forward passes of the modules; ``inside``: collectives within them by kind; ``outside``: others.
         """
-        self._ep2tp_profiler.stop()
-        for handle in self._ep2tp_hooks:
+        while self._open:  # a pass may be at its end, in a hook that came before ours
+            self._open.pop().__exit__(None, None, None)
+        self._profiler.stop()
+        for handle in self._hooks:
             handle.remove()
-        events = self._ep2tp_profiler.events() or []
+        events = self._profiler.events() or []
         inside: Counter[str] = Counter()
         outside: Counter[str] = Counter()
         for event in events:
@@ -60,6 +69,42 @@ class CollectiveCounter:
                 (inside if _is_inside(event) else outside)[kind] += 1
         layers = sum(event.name == _RANGE for event in events)
         return {"layers": layers, "inside": dict(inside), "outside": dict(outside)}
+
+
+class CollectiveCounter:
+    """Methods that vLLM adds to its worker class."""
+
+    model_runner: Any
+
+    def ep2tp_start_counting(self) -> None:
+        """Start, with every MoE layer."""
+        self._ep2tp_counting = Counting(_moe_layers(self.model_runner.model))
+
+    def ep2tp_stop_counting(self) -> dict[str, Any]:
+        """Stop, and return what :meth:`Counting.stop` does."""
+        return self._ep2tp_counting.stop()
+
+
+def count_in_sglang(config: Mapping[str, Any]) -> Callable[[Any, Any, Any], None]:
+    """A module hook for SGLang's ``forward_hooks``.
+
+    Args:
+        config: ``folder`` gets ``rank-N.json``, what :meth:`Counting.stop` returned; ``passes``: of the model, to count
+            after the first, which starts the counting.
+    """
+    passes, counting = 0, None
+
+    def after_pass(decoder: Any, inputs: Any, output: Any) -> None:
+        nonlocal passes, counting
+        import torch.distributed as dist
+
+        counting = counting or Counting([decoder])
+        if passes == config["passes"]:
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            Path(config["folder"], f"rank-{rank}.json").write_text(json.dumps(counting.stop()))
+        passes += 1
+
+    return after_pass
 
 
 def collective_kind(operator: str) -> str | None:
@@ -86,10 +131,8 @@ def _moe_layers(model: Any) -> Iterator[Any]:
         yield modules[name.rpartition(".")[0]]
 
 
-def _mark(layer: Any) -> list[Any]:
+def _mark(layer: Any, open_ranges: list[Any]) -> list[Any]:
     import torch
-
-    open_ranges: list[Any] = []
 
     def enter(module: Any, inputs: Any) -> None:
         record = torch.profiler.record_function(_RANGE)
@@ -97,7 +140,8 @@ def _mark(layer: Any) -> list[Any]:
         open_ranges.append(record)
 
     def leave(module: Any, inputs: Any, output: Any) -> None:
-        open_ranges.pop().__exit__(None, None, None)
+        if open_ranges:
+            open_ranges.pop().__exit__(None, None, None)
 
     return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
 

@@ -134,7 +134,7 @@ def decode_at(question: Question, assessed: Assessment, batch: int) -> Step:
 
 
 def _setting(question: Question, layout: Layout, plan: ShardPlan | None) -> Setting:
-    plan = plan or ShardPlan(question.facts, layout.slices, {}, {}, {}, {})
+    plan = plan or ShardPlan(question.facts, layout.slices, {}, {}, {}, {}, {})
     return Setting(question.facts, question.inventory, plan, layout, question.gpu, question.link)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import lcm
 from typing import Any
 
 from ep2tp.model.families import ClassName
@@ -24,9 +25,8 @@ def padding_rows(plan: ShardPlan) -> list[tuple[str, str, str, str]]:
     for c in plan.facts.classes:
         split = plan.splits.get(c.name)
         if split is not None and not split.is_exact:
-            why = (
-                f"+{split.overhead:.1%} memory: {plan.ranks} slices of whole {c.padded_block}-blocks ({c.format_names})"
-            )
+            block = lcm(c.padded_block, plan.multiples.get(c.name, 1))
+            why = f"+{split.overhead:.1%} memory: {plan.ranks} slices of whole {block}-blocks ({c.format_names})"
             rows.append((f"{c.name} ({c.field})", str(split.size), str(split.padded), why))
     for name, how in [*plan.left_to_engine.items(), *_unchecked(plan)]:
         known = plan.facts.tensor_class(name)

@@ -29,7 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ep2tp.demo.launch import CPU_ENVIRONMENT, EngineRun
+from ep2tp.demo.engines import CPU_ENVIRONMENT
+from ep2tp.demo.launch import EngineRun
 from ep2tp.errors import Ep2tpError
 from ep2tp.planner.calibrate import calibrate
 from ep2tp.planner.compare import Assessment, Question, assess

@@ -21,7 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ep2tp.demo.launch import CPU_ENVIRONMENT, PROMPTS
+from ep2tp.demo.engines import CPU_ENVIRONMENT
+from ep2tp.demo.launch import PROMPTS
 from ep2tp.demo.tiny import TinyModel
 
 HERE = Path(__file__).parent

@@ -76,3 +76,9 @@ def test_heads_are_checked_where_the_model_is_known() -> None:
 )
 def test_the_model_of_a_command(command: str, model: str | None) -> None:
     assert model_of(shlex.split(command)) == model
+
+
+def test_prefill_context_parallelism_is_taken_out_only_where_it_needs_deepep() -> None:
+    words = ["sglang", "serve", "--model-path", "m", "--tp", "8", "--enable-prefill-cp"]
+    assert rewrite_command(words, config={"num_key_value_heads": 8}).changes == []
+    assert rewrite_command(words, config={"kv_lora_rank": 512}).words == words[:-1]

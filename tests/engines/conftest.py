@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 
 from ep2tp.demo.tiny import TinyModel
+
+os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")  # read when SGLang is imported
 
 
 @pytest.fixture(scope="session")

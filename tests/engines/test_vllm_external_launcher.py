@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from ep2tp.demo.launch import CPU_ENVIRONMENT, PROMPTS, run_engine
+from ep2tp.demo.engines import CPU_ENVIRONMENT
+from ep2tp.demo.launch import PROMPTS, run_engine
 from ep2tp.demo.tiny import TinyModel
 from tests.engines.conftest import tiny_model
 

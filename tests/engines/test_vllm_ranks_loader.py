@@ -15,7 +15,6 @@ pytest.importorskip("vllm")
 from vllm.config.load import LoadConfig
 
 from ep2tp.checkpoint.reshard import reshard
-from ep2tp.engines.vllm import ranks_loader
 from ep2tp.engines.vllm.ranks_loader import RanksLoader
 from ep2tp.errors import CheckpointError, LaunchError
 from tests.checkpoint.checkpoints import FORMATS, Model, load, same_bits
@@ -94,10 +93,27 @@ def test_launches_that_do_not_fit(tmp_path: Path) -> None:
         with pytest.raises(LaunchError, match="--tensor-parallel-size 2"):
             next(loader.get_all_weights(config, model))
     config.model = str(source)
-    with pytest.raises(CheckpointError, match="--layout ranks"):
+    with pytest.raises(CheckpointError, match="no finished conversion"):
         next(loader.get_all_weights(config, model_on(0, 2)))
     manifest = json.loads((tmp_path / "ranks" / "ep2tp.json").read_text()) | {"layout": "padded"}
     (source / "ep2tp.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="leave out"):
         next(loader.get_all_weights(config, model_on(0, 2)))
-    assert ranks_loader.CUTS
+
+
+def test_every_file_of_the_manifest_and_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "ranks"
+    reshard(Model().write(tmp_path / "source"), folder, tp=2, layout="ranks")
+    expected = loaded(folder, 1, 2)
+    mine = sorted((folder / "rank-1-of-2").glob("*.safetensors"))
+    (mine[0].parent / "zzz.safetensors").write_bytes(next((folder / "shared").glob("*.safetensors")).read_bytes())
+    assert loaded(folder, 1, 2).keys() == expected.keys()
+    assert len(loaded(folder, 1, 2)) == len(expected)
+    size = mine[0].stat().st_size
+    with mine[0].open("r+b") as file:
+        file.truncate(size - 1)
+    with pytest.raises(CheckpointError, match=f"{size - 1} bytes, ep2tp.json says {size}"):
+        loaded(folder, 1, 2)
+    mine[0].unlink()
+    with pytest.raises(CheckpointError, match="missing"):
+        loaded(folder, 1, 2)

@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from ep2tp.checkpoint.reshard import reshard
-from ep2tp.demo.launch import CPU_ENVIRONMENT, PROMPTS, EngineRun, run_engine
+from ep2tp.demo.engines import CPU_ENVIRONMENT
+from ep2tp.demo.launch import PROMPTS, EngineRun, run_engine
 from ep2tp.demo.tiny import TinyModel
 from tests.engines.conftest import tiny_model
 from tests.engines.serving import Server, free_port

@@ -102,7 +102,7 @@ class Engines:
         environment = os.environ | _environment(case.ep2tp)
         if attempt > 1:
             environment["SHARED_GPU_STAGING"] = "torch"
-        status = _wait(command, environment, log, left) if left > 0 else -1
+        status = wait(command, environment, log, left) if left > 0 else -1
         return Run(case, status, log.read_text(errors="replace") if log.exists() else "no time left", result)
 
     def _portable_attention(self, case: Case) -> str:
@@ -132,7 +132,8 @@ def _environment(ep2tp: str) -> dict[str, str]:
     }
 
 
-def _wait(command: list[str], environment: Mapping[str, str], log: Path, seconds: float) -> int:
+def wait(command: list[str], environment: Mapping[str, str], log: Path, seconds: float) -> int:
+    """Run a command and all that it starts, for so long at most; returns its exit status."""
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True

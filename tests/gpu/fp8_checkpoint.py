@@ -59,6 +59,7 @@ class BlockModel(TinyModel):
         config["intermediate_size"] = self.stored_size(self.dense_size)
         if self.uses_mla:
             config["q_lora_rank"] = self.q_lora_rank
+            config["rope_scaling"] = config["rope_scaling"] | {"rope_type": "yarn"}  # both names, old and new
         return config | ({"quantization_config": _QUANTIZATION} if self.fp8 else {})
 
     def stored_size(self, size: int) -> int:

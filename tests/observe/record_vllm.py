@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ep2tp.demo.launch import CPU_ENVIRONMENT, PROMPTS
+from ep2tp.demo.engines import CPU_ENVIRONMENT
+from ep2tp.demo.launch import PROMPTS
 from ep2tp.demo.tiny import TinyModel
 
 MODEL = TinyModel(expert_size=72, shared_experts=1, dense_size=320)

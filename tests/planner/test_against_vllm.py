@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from ep2tp.demo.launch import CPU_ENVIRONMENT
+from ep2tp.demo.engines import CPU_ENVIRONMENT
 from ep2tp.demo.tiny import TinyModel
 from ep2tp.planner.gpus import DEFAULT
 from ep2tp.planner.layouts import Layout

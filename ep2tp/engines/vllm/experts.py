@@ -6,6 +6,7 @@ import importlib
 from math import gcd
 from typing import Any
 
+from ep2tp.engines.padding import exact_in_engine
 from ep2tp.errors import SeamError
 from ep2tp.layout.split import refine
 from ep2tp.model.facts import ModelFacts, TensorClass
@@ -25,11 +26,10 @@ def left_to_engine(facts: ModelFacts, ranks: int, moe_backend: str) -> dict[Clas
     """
     if ranks == 1:
         return {}
-    uneven = [c for c in facts.classes if c.size % (ranks * c.block) and c.size % ranks == 0]
-    known = facts.family.exact_in.get("vllm", {})
-    handled = {c.name: known[c.name] for c in uneven if c.name in known}
-    routed = next((c for c in uneven if c.name == "routed"), None)
-    if routed is not None and moe_backend in ("auto", "triton") and (block := _refined_block(facts, routed, ranks)):
+    handled = exact_in_engine(facts, ranks, "vllm")
+    routed = facts.tensor_class("routed")
+    is_uneven = routed is not None and routed.size % (ranks * routed.block) != 0
+    if routed and is_uneven and moe_backend in ("auto", "triton") and (block := _refined_block(facts, routed, ranks)):
         handled["routed"] = f"vLLM repeats the scales on a {block}x{block} grid (exact, Triton kernels)"
     return handled
 

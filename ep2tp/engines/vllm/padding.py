@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ep2tp.checkpoint.reader import check_folder
+from ep2tp.engines import padding
 from ep2tp.engines.vllm import experts, seams
 from ep2tp.engines.vllm.launch import let_ray_copy_our_variables, seam_problem
 from ep2tp.engines.vllm.model_config import resolved_config
-from ep2tp.errors import LaunchError, ModelError, PatchError, SeamError
-from ep2tp.model.facts import ModelFacts, is_moe, read_facts
-from ep2tp.model.families import ClassName, find_family, load_families
-from ep2tp.model.locate import facts_of
+from ep2tp.errors import LaunchError, SeamError
+from ep2tp.model.facts import ModelFacts
+from ep2tp.model.families import ClassName
 from ep2tp.model.sharding import ShardPlan, plan_shards
 from ep2tp.settings import Settings
 
@@ -45,25 +44,15 @@ def pad(vllm_config: Any, arguments: Any, settings: Settings, is_rewritten: bool
     """
     model_config = vllm_config.model_config
     config = resolved_config(arguments, model_config.hf_config)
-    families = load_families(settings.patches, settings.patch_path)
-    if not is_moe(config) or find_family(config, families) is None:
-        return None
-    try:
-        facts = facts_of(config, str(arguments.model), families)
-    except ModelError:
-        if is_rewritten:
-            raise
+    facts = padding.facts_of_launch(config, str(arguments.model), settings, is_rewritten)
+    if facts is None:
         return None
     plan = _plan(facts, vllm_config)
-    if plan.unchecked and is_rewritten:
-        name, why = next(iter(plan.unchecked.items()))
-        raise ModelError(
-            f"{facts.source}: {name} weights are {why}, and slices over {plan.ranks} ranks might cut a scale group; "
-            "use fewer ranks, or run the launch as given with EP2TP=off"
-        )
+    if is_rewritten:
+        padding.refuse_unchecked(plan)
     if plan.is_padded:
         _refuse_unpaddable(plan, vllm_config, settings)
-        _check_local_files(model_config, vllm_config.load_config, plan)
+        padding.check_local_files(Path(model_config.model), vllm_config.load_config.load_format, plan)
         _grow(vllm_config, plan)
         let_ray_copy_our_variables()
     return plan
@@ -76,16 +65,7 @@ def plan_of(model_config: Any, settings: Settings) -> ShardPlan | None:
         PatchError: this worker does not have the patch that the launch used.
     """
     note = getattr(model_config.hf_config, _NOTE, None)
-    if note is None:
-        return None
-    families = load_families(settings.patches, settings.patch_path)
-    if note["family"] not in families:
-        raise PatchError(
-            f"{note['source']} was planned with patch {note['family']!r}, which this worker does not have; give every "
-            "node the same EP2TP_PATCHES and EP2TP_PATCH_PATH"
-        )
-    facts = read_facts(note["config"], families[note["family"]], note["matched_by"], note["source"])
-    return plan_shards(facts, note["ranks"], note["left_to_engine"], note["dense_ranks"])
+    return None if note is None else padding.plan_of_note(note, settings)
 
 
 def _restore_note(note: dict[str, Any]) -> PlanNote:
@@ -107,8 +87,7 @@ def _plan(facts: ModelFacts, vllm_config: Any) -> ShardPlan:
 
 
 def _refuse_unpaddable(plan: ShardPlan, vllm_config: Any, settings: Settings) -> None:
-    sizes = ", ".join(f"{field} {before} -> {after}" for field, (before, after) in plan.fields.items())
-    needs = f"{plan.facts.source} needs padding over {plan.ranks} ranks ({sizes})"
+    needs = padding.needs_padding(plan)
     load_format = vllm_config.load_config.load_format
     if load_format not in _STREAMED:
         raise LaunchError(
@@ -119,42 +98,14 @@ def _refuse_unpaddable(plan: ShardPlan, vllm_config: Any, settings: Settings) ->
         raise SeamError(f"{needs}, but {problem}. Use a tensor-parallel size that divides, or EP2TP=off")
 
 
-def _check_local_files(model_config: Any, load_config: Any, plan: ShardPlan) -> None:
-    """Check the headers of a local safetensors checkpoint now; all else is checked as it streams."""
-    folder = Path(model_config.model)
-    if load_config.load_format not in ("dummy", "pt", "npcache") and any(folder.glob("*.safetensors")):
-        check_folder(folder, plan)
-
-
 def _grow(vllm_config: Any, plan: ShardPlan) -> None:
     """Write the padded sizes into the target's and an MTP draft's config; workers get copies of both."""
     target = vllm_config.model_config
-    note = PlanNote(
-        family=plan.facts.family.name,
-        matched_by=plan.facts.matched_by,
-        source=plan.facts.source,
-        config=dict(plan.facts.config),
-        ranks=plan.ranks,
-        dense_ranks=vllm_config.parallel_config.tensor_parallel_size,
-        left_to_engine=dict(plan.left_to_engine),
-    )
+    note = PlanNote(padding.note_of(plan, vllm_config.parallel_config.tensor_parallel_size))
     models = [target]
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
     if draft is not None and draft is not target and draft.model == target.model:
         models.append(draft)
     for model in models:
-        for field, (before, after) in plan.fields.items():
-            _grow_field(model, field, before, after)
+        padding.grow([model.hf_config, model.hf_text_config], plan, "vLLM")
         setattr(model.hf_config, _NOTE, note)
-
-
-def _grow_field(model_config: Any, field: str, before: int, after: int) -> None:
-    configs = [model_config.hf_config, model_config.hf_text_config]
-    if not any(getattr(config, field, None) in (before, after) for config in configs):
-        raise ModelError(
-            f"{model_config.model}: vLLM's config object has no {field}={before}, which config.json has, so ep2tp "
-            "cannot pad it; use a tensor-parallel size that divides it, or EP2TP=off"
-        )
-    for config in configs:
-        if getattr(config, field, None) == before:
-            setattr(config, field, after)

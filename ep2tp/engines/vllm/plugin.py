@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ep2tp import __version__
+from ep2tp.engines.report import log_launch
 from ep2tp.engines.vllm import load_format, seams
 from ep2tp.errors import SettingError
 from ep2tp.rewrite import guard
@@ -82,7 +82,7 @@ def _create_engine_config(wrapped: Wrapped, instance: Any, args: Positional, kwa
 
         plan = padding.pad(vllm_config, instance, settings, bool(changes))
     if _is_reporter(instance) and (plan is not None or decision.asked):
-        _report(decision, changes, plan, settings.kernel)
+        log_launch(logger, decision, changes, plan, settings.kernel)
     return vllm_config
 
 
@@ -115,16 +115,3 @@ def _is_api_server_child(engine_args: Any) -> bool:
     """Whether this is one of several API servers, whose parent made the launch (and has rank -1)."""
     servers, rank = getattr(engine_args, "_api_process_count", 1), getattr(engine_args, "_api_process_rank", 0)
     return servers > 1 and rank >= 0
-
-
-def _report(decision: Decision, changes: list[Change], plan: Any, kernel: Kernel) -> None:
-    from ep2tp.rewrite.report import launch_report
-
-    verb = "rewrote this launch to tensor parallelism" if changes else "left the launch's parallelism as it is"
-    title = f"ep2tp {__version__} {verb}: {decision.why}"
-    unchecked = plan is not None and bool(plan.unchecked)
-    level = logging.WARNING if decision.is_warning or unchecked else logging.INFO
-    if changes or unchecked or (plan is not None and (plan.is_padded or plan.left_to_engine)):
-        logger.log(level, "%s", launch_report(title, changes, plan, f"the engine's (EP2TP_KERNEL={kernel})"))
-    else:
-        logger.log(level, "%s%s", title, "" if plan is None else "; nothing to pad")

@@ -1,4 +1,4 @@
-"""One engine run in a process of its own: ``python -m ep2tp.demo.generate REQUEST.json RESULT.json``.
+"""One engine run in a process of its own: ``python -m ep2tp.demo.generate_vllm REQUEST.json RESULT.json``.
 
 The request holds ``engine`` (keyword arguments of ``vllm.LLM``), ``prompts`` (token ids) and ``max_tokens``; the result
 holds the greedy ``tokens`` of each prompt and, per rank, the ``collectives`` counted while they were generated.

@@ -1,0 +1,31 @@
+"""What ep2tp writes to an engine's log, once per launch."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from ep2tp import __version__
+from ep2tp.settings import Kernel
+
+if TYPE_CHECKING:
+    from ep2tp.engines.decision import Decision
+    from ep2tp.model.sharding import ShardPlan
+    from ep2tp.rewrite.parallel_plan import Change
+
+
+def log_launch(
+    logger: logging.Logger, decision: Decision, changes: list[Change], plan: ShardPlan | None, kernel: Kernel
+) -> None:
+    """Write the table of a launch that was changed or padded, or one line for a launch that was not."""
+    from ep2tp.rewrite.report import launch_report
+
+    verb = "rewrote this launch to tensor parallelism" if changes else "left the launch's parallelism as it is"
+    title = f"ep2tp {__version__} {verb}: {decision.why}"
+    unchecked = plan is not None and bool(plan.unchecked)
+    level = logging.WARNING if decision.is_warning or unchecked else logging.INFO
+    if changes or unchecked or (plan is not None and (plan.is_padded or plan.left_to_engine)):
+        text = launch_report(title, changes, plan, f"the engine's (EP2TP_KERNEL={kernel})")
+    else:
+        text = title + ("" if plan is None else "; nothing to pad")
+    logger.log(level, "%s", text, stacklevel=2)  # the line names the plugin

@@ -1,0 +1,70 @@
+"""What SGLang itself does with experts: the shapes that it slices exactly, what its kernels take; and the audit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ep2tp.engines.padding import exact_in_engine
+from ep2tp.errors import SeamError
+from ep2tp.model.facts import ModelFacts
+from ep2tp.model.families import ClassName
+
+_STANDARD = ("StandardDispatcher", "AscendTPDispatcher")  # neither sends a token anywhere
+
+
+def pads_itself(device: str) -> bool:
+    """Whether SGLang grows every MLP of a model by itself (``configs/update_config.py``: on CPUs only)."""
+    return device == "cpu"
+
+
+def left_to_engine(facts: ModelFacts, ranks: int, device: str) -> dict[ClassName, str]:
+    """Classes that do not divide into whole blocks but that SGLang slices exactly, and how it does."""
+    if ranks == 1:
+        return {}
+    if pads_itself(device):
+        uneven = [c.name for c in facts.classes if c.size % (ranks * c.block)]
+        return dict.fromkeys(uneven, "SGLang pads its sizes itself on CPUs (exact)")
+    return exact_in_engine(facts, ranks, "sglang")
+
+
+def multiples(facts: ModelFacts) -> dict[ClassName, int]:
+    """Sizes of which one rank's slice of the routed experts has to be a multiple, beside whole blocks.
+
+    Read from SGLang 0.5.23: gated NVFP4 experts that are no multiple of 64 fail an assertion of FlashInfer's CUTLASS
+    runner (``modelopt_quant.py``), MXFP4 experts in an FP8 checkpoint need 128 (``mxfp4_flashinfer_cutlass_moe.py``),
+    and Marlin, which runs packed integers, works on tiles of 64.
+    """
+    routed = facts.tensor_class("routed")
+    names = {stored.name for stored in routed.formats if stored} if routed else set()
+    if "mxfp4" in names and "fp8" in facts.quantization.method:
+        return {"routed": 128}
+    if "nvfp4" in names or any("int4" in name or "int8" in name for name in names):
+        return {"routed": 64}
+    return {}
+
+
+def audit(model: Any) -> None:
+    """Check that every MoE layer of a loaded model is tensor parallel, with no dispatch.
+
+    Args:
+        model: the ``torch.nn.Module`` that SGLang built.
+
+    Raises:
+        SeamError: a layer holds whole experts, or sends tokens to other ranks; or layers of experts are not what ep2tp
+            knows, so that nothing was audited.
+    """
+    layers = moe_layers(model)
+    if not layers and any(hasattr(module, "experts") for module in model.modules()):
+        raise SeamError("no layer of experts looks like SGLang's FusedMoE; run with EP2TP=off and report this")
+    for name, module in layers:
+        dispatcher = type(module.dispatcher).__name__
+        if module.moe_ep_size != 1 or dispatcher not in _STANDARD:
+            raise SeamError(
+                f"{name}: moe_ep_size={module.moe_ep_size}, dispatcher={dispatcher} although the launch was rewritten "
+                "to tensor parallelism; run with EP2TP=off and report this"
+            )
+
+
+def moe_layers(model: Any) -> list[tuple[str, Any]]:
+    """The layers of routed experts (``FusedMoE``) of a model, by name."""
+    return [(n, m) for n, m in model.named_modules() if hasattr(m, "moe_ep_size") and hasattr(m, "dispatcher")]

@@ -1,0 +1,39 @@
+"""What the process that starts a launch tells its workers: pickled with ``ServerArgs``, which each of them gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_ATTRIBUTE = "_ep2tp"  # ServerArgs keeps what begins with an underscore and is no field of its own
+
+
+class LaunchNote(dict[str, Any]):
+    """Whether a launch was rewritten, and how its weights are padded. Being unpickled, it wraps the worker's seams.
+
+    SGLang logs the errors of a plugin and runs on, and ``SGLANG_PLUGINS`` may leave one out. A worker that finds no
+    ep2tp cannot unpickle the note and stops there, instead of running half of a rewritten launch.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by the name of :func:`_restore`."""
+        return _restore, (dict(self),)
+
+
+def _restore(values: Mapping[str, Any]) -> LaunchNote:
+    from ep2tp.engines.sglang import worker
+
+    note = LaunchNote(values)
+    worker.join(note)
+    return note
+
+
+def attach(arguments: Any, note: LaunchNote) -> None:
+    """Put a note on a ``ServerArgs``."""
+    arguments.__dict__[_ATTRIBUTE] = note
+
+
+def find(arguments: Any) -> LaunchNote | None:
+    """The note on a ``ServerArgs``, or None."""
+    note = arguments.__dict__.get(_ATTRIBUTE)
+    return note if isinstance(note, LaunchNote) else None

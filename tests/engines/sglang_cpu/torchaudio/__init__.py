@@ -1,0 +1,3 @@
+"""Stands in for torchaudio, which SGLang imports for speech models only."""
+
+__version__ = "2.11.0"

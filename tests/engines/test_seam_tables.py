@@ -1,0 +1,99 @@
+"""The seams in the sources of several versions of both engines, read from their wheels without installing them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ep2tp.engines.seams import Seam
+from ep2tp.engines.sglang import arguments as sglang_arguments
+from ep2tp.engines.sglang import seams as sglang
+from ep2tp.engines.vllm import arguments as vllm_arguments
+from ep2tp.engines.vllm import seams as vllm
+from ep2tp.rewrite.parallel_plan import LaunchRules
+from tests.engines import wheel_sources
+from tests.engines.wheel_sources import NoIndexError
+
+ENGINES = {"vllm": vllm, "sglang": sglang}
+TABLE = [
+    (package, version, seam) for package, table in ENGINES.items() for seam in table.ALL for version in table.VERSIONS
+]
+
+
+def module(package: str, version: str, name: str) -> object:
+    try:
+        return wheel_sources.module(package, version, name)
+    except NoIndexError as error:
+        pytest.skip(f"needs a package index: {error}")
+
+
+def problem(package: str, version: str, seam: Seam) -> str | None:
+    """What of a seam does not hold in the source of a version, or None."""
+    tree = module(package, version, seam.module)
+    if tree is None:
+        return "no such module"
+    found = wheel_sources.parameters(tree, seam.attribute)
+    if found is None and (origin := wheel_sources.imported_from(tree, seam.attribute)):
+        tree = module(package, version, origin)
+        found = wheel_sources.parameters(tree, seam.attribute)
+    if found is None:
+        return f"no {seam.attribute}"
+    return None if found[: len(seam.parameters)] == seam.parameters else f"parameters {found}"
+
+
+@pytest.mark.parametrize(("package", "version", "seam"), TABLE, ids=lambda v: getattr(v, "attribute", v))
+def test_a_seam_holds_in_the_versions_that_it_names(package: str, version: str, seam: Seam) -> None:
+    found = problem(package, version, seam)
+    if version in seam.checked:
+        assert found is None
+    elif seam.attribute != "ServerArgs.__post_init__":  # it is there in later versions, and does nothing
+        assert found is not None, f"{seam.attribute} is in {version} too; name it"
+
+
+def test_a_changed_signature_would_be_noticed() -> None:
+    seam = Seam(vllm.WEIGHTS.module, vllm.WEIGHTS.attribute, ("self", "model"), "", ())
+    assert "model_config" in (problem("vllm", "0.33.0", seam) or "")
+    assert problem("vllm", "0.33.0", Seam(vllm.WEIGHTS.module, "DefaultModelLoader.gone", (), "", ())) is not None
+
+
+SETTINGS = {
+    "vllm": (vllm_arguments.RULES, ["vllm.engine.arg_utils"]),
+    "sglang": (
+        sglang_arguments.RULES,
+        ["sglang.srt.server_args", *(f"sglang.srt.arg_groups.fields.{n}" for n in ("parallel", "exec_", "spec"))],
+    ),
+}
+
+
+@pytest.mark.parametrize("package", SETTINGS)
+def test_every_setting_is_a_field_of_a_checked_version(package: str) -> None:
+    rules, names = SETTINGS[package]
+    sources = [text(package, version, name) for version in ENGINES[package].VERSIONS for name in names]
+    assert {s.field for s in rules.settings if not any(re.search(rf"\b{s.field}: ", t) for t in sources)} == set()
+
+
+def text(package: str, version: str, name: str) -> str:
+    module(package, version, name)
+    return Path(wheel_sources.CACHE / f"{package}-{version}" / f"{name}.py").read_text()
+
+
+RUNNERS = "sglang.srt.layers.moe.moe_runner."
+REGISTERED = re.compile(r'@register_(?:fused_func|pre_permute)\(\s*"(\w+)",\s*"(\w+)"')
+
+
+@pytest.mark.parametrize("version", sglang.VERSIONS)
+def test_every_moe_runner_but_those_that_are_reset_works_without_dispatch(version: str) -> None:
+    """A runner takes tokens from a dispatcher: "none" and "standard" are the one that sends them nowhere."""
+    names = ["aiter", "deep_gemm", "flashinfer_cutlass", "flashinfer_trtllm", "marlin", "triton", "triton_kernels"]
+    files = [*(RUNNERS + name for name in names), "sglang.srt.layers.moe.flashinfer_megamoe"]
+    found = [pair for name in files for pair in REGISTERED.findall(text("sglang", version, name))]
+    everywhere = {runner for _, runner in found}
+    without_dispatch = {runner for source, runner in found if source in ("none", "standard")}
+    assert len(without_dispatch) > 5
+    assert everywhere - without_dispatch <= only_expert_parallel(sglang_arguments.RULES)
+
+
+def only_expert_parallel(rules: LaunchRules) -> frozenset[str]:
+    return next(setting.only for setting in rules.triggers if setting.field == "moe_runner_backend")

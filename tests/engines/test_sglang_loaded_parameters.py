@@ -1,0 +1,274 @@
+"""SGLang's parameters after loading, bit for bit.
+
+For each format and shape: random checkpoint tensors go through ``padded_weights`` and then, for each rank, through the
+weight loaders of the real layers (``FusedMoE``, ``MergedColumnParallelLinear``, ``RowParallelLinear``) with the
+parameters that the real quantisation methods create, on the path that SGLang takes on GPUs. Dequantised, put together
+and cut to the unpadded size, the ranks' parameters are the dequantised original, and the padding is zero. Nothing runs
+after the loaders, which is where kernels would repack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+
+import torch
+from sglang.srt.layers import linear, parameter
+from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.moe.fused_moe_triton import layer as moe_layer
+from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.utils import MoeRunnerBackend
+from sglang.srt.layers.quantization import get_quantization_config, modelopt_quant
+from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from sglang.srt.runtime_context import get_context, get_parallel
+
+from ep2tp.engines.sglang.experts import multiples
+from ep2tp.engines.weights import padded_weights
+from ep2tp.model.facts import ModelFacts, read_facts
+from ep2tp.model.families import find_family, load_families
+from ep2tp.model.sharding import ShardPlan, plan_shards
+from tests import quantised
+from tests.quantised import Stored, Tensors
+
+HIDDEN, EXPERTS = 256, 2
+ROUTED, SHARED, DENSE = (
+    "model.layers.1.mlp.experts",
+    "model.layers.1.mlp.shared_experts",
+    "model.layers.0.mlp",
+)
+CONFIG = {
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 48,
+    "kv_lora_rank": 512,
+    "n_routed_experts": EXPERTS,
+    "num_experts_per_tok": 1,
+    "vocab_size": 1024,
+}
+Weights = list[tuple[str, torch.Tensor]]
+
+FP8 = [quantised.FP8_BLOCK, quantised.COMPRESSED_FP8_BLOCK, quantised.COMPRESSED_FP8_CHANNEL]
+LINEAR_FORMATS = [quantised.BF16, *FP8]
+ROUTED_FORMATS = [*LINEAR_FORMATS, quantised.INT4_GROUP32, quantised.INT4_GROUP128, quantised.MODELOPT_NVFP4]
+SHAPES = [(1408, 2), (1408, 3), (1408, 8), (1536, 8), (1536, 16), (768, 8), (2304, 16), (2048, 6)]
+FLIPPED = (quantised.INT4_GROUP32, quantised.INT4_GROUP128)  # SGLang keeps their weights and scales [columns, rows]
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the loaders' path for GPUs: on CPUs SGLang pads for itself, and loads what is short."""
+    for module in (moe_layer, linear, parameter):
+        monkeypatch.setattr(module, "_is_cpu", False)
+    monkeypatch.setattr(CompressedTensorsConfig, "_check_scheme_supported", lambda *args, **kwargs: True)  # by this GPU
+    # The only NVFP4 runner that does not ask which GPU this is; it adds no padding of its own.
+    monkeypatch.setattr(modelopt_quant, "get_moe_runner_backend", lambda: MoeRunnerBackend.MARLIN)
+
+
+@contextmanager
+def as_rank(rank: int, ranks: int) -> Iterator[None]:
+    """Make SGLang believe that this process is one of a tensor-parallel group. Nothing communicates."""
+    published = get_context().override_server_args(model_path="dummy", tp_size=ranks, device="cpu")
+    with published, get_parallel().override(tp_rank=rank, moe_tp_rank=rank, moe_ep_rank=0):
+        yield
+
+
+def sglang_quantisation(stored: Stored) -> Any:
+    if stored.quantization is None:
+        return None
+    method = stored.quantization["quant_method"]
+    return get_quantization_config({"modelopt": "modelopt_fp4"}.get(method, method)).from_config(
+        dict(stored.quantization)
+    )
+
+
+def facts_of(stored: Stored, **sizes: int) -> ModelFacts:
+    config: dict[str, Any] = {**CONFIG, "n_shared_experts": 0, "intermediate_size": 2048, **sizes}
+    if stored.quantization is not None:
+        config["quantization_config"] = stored.quantization
+    found = find_family(config, load_families())
+    assert found is not None
+    return read_facts(config, *found, "test")
+
+
+def make_mlp(stored: Stored, size: int, seed: int = 0) -> dict[str, Tensors]:
+    random = torch.Generator().manual_seed(size + seed)
+    return {
+        role: stored.make(random, *((HIDDEN, size) if role == "down" else (size, HIDDEN)))
+        for role in ("gate", "up", "down")
+    }
+
+
+def as_checkpoint(mlp: Mapping[str, Tensors], module: str) -> Weights:
+    return [(f"{module}.{role}_proj{suffix}", t) for role, tensors in mlp.items() for suffix, t in tensors.items()]
+
+
+def poison(layer: torch.nn.Module) -> None:
+    """Fill every parameter with bytes that dequantise to wrong values, so that what is not loaded is noticed."""
+    for p in layer.parameters():
+        p.data.view(torch.uint8).fill_(0xFF)
+
+
+def assert_reassembled(slices: list[torch.Tensor], original: torch.Tensor, axis: int) -> None:
+    """Check that the dequantised slices are the original, bit for bit, and zeros after its end."""
+    whole = torch.cat(slices, axis)
+    size = original.shape[axis]
+    held = whole.narrow(axis, 0, size).contiguous().view(torch.int32)
+    assert torch.equal(held, original.contiguous().view(torch.int32))
+    assert not whole.narrow(axis, size, whole.shape[axis] - size).any()
+
+
+# Routed experts.
+
+
+class Experts:
+    """SGLang's layer for one rank of a model whose config says ``size``."""
+
+    def __init__(self, stored: Stored, size: int, rank: int, ranks: int) -> None:
+        self.stored = stored
+        self.mapping = FusedMoE.make_expert_params_mapping("gate_proj", "down_proj", "up_proj", EXPERTS)
+        with as_rank(rank, ranks):
+            self.layer = FusedMoE(
+                num_experts=EXPERTS,
+                hidden_size=HIDDEN,
+                intermediate_size=size,
+                layer_id=1,
+                top_k=1,
+                params_dtype=torch.bfloat16,
+                quant_config=sglang_quantisation(stored),
+                prefix=ROUTED,
+            )
+            assert not self.layer.use_padded_loading
+        poison(self.layer)
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load as SGLang's models do, by SGLang's own mapping of names."""
+        parameters = dict(self.layer.named_parameters())
+        for name, tensor in weights:
+            found = next(m for m in self.mapping if m[1] in name)
+            parameter_name, weight_name, expert, shard = found
+            target = parameters[name.replace(weight_name, parameter_name).removeprefix("model.layers.1.mlp.experts.")]
+            target.weight_loader(target, tensor, name, shard_id=shard, expert_id=expert)
+
+    def values(self, expert: int, role: str, suffixes: Iterable[str]) -> torch.Tensor:
+        """One expert's matrix as this rank holds it, dequantised."""
+        found = {}
+        for suffix in suffixes:
+            if suffix == ".weight_shape":
+                continue
+            data = getattr(self.layer, f"{'w2' if role == 'down' else 'w13'}_{suffix[1:]}").data[expert]
+            if self.stored in FLIPPED:
+                data = data.t().contiguous()
+            if role != "down":
+                index = 0 if role == "gate" else 1
+                data = data[index] if data.shape == (2,) else data.chunk(2)[index]  # one number, or half the rows
+            found[suffix] = data
+        return self.stored.read(found)
+
+
+def plan_routed(stored: Stored, size: int, ranks: int) -> ShardPlan:
+    facts = facts_of(stored, moe_intermediate_size=size)
+    return plan_shards(facts, ranks, multiples=multiples(facts))
+
+
+@pytest.mark.parametrize(("size", "ranks"), SHAPES)
+@pytest.mark.parametrize("stored", ROUTED_FORMATS, ids=lambda stored: stored.name)
+def test_routed_experts_hold_the_original(stored: Stored, size: int, ranks: int) -> None:
+    experts = [make_mlp(stored, size, expert) for expert in range(EXPERTS)]
+    checkpoint = [item for e, mlp in enumerate(experts) for item in as_checkpoint(mlp, f"{ROUTED}.{e}")]
+    plan = plan_routed(stored, size, ranks)
+    weights = list(padded_weights(checkpoint, plan))
+    layers = [Experts(stored, plan.splits["routed"].padded, rank, ranks) for rank in range(ranks)]
+    for layer in layers:
+        layer.load(weights)
+    for expert, mlp in enumerate(experts):
+        for role, tensors in mlp.items():
+            slices = [layer.values(expert, role, tensors) for layer in layers]
+            assert_reassembled(slices, stored.read(tensors), 1 if role == "down" else 0)
+
+
+# Shared experts and dense MLPs.
+
+
+class Mlp:
+    """Gate, up and down of one rank, as SGLang's models build and load them."""
+
+    def __init__(self, stored: Stored, prefix: str, size: int, rank: int, ranks: int) -> None:
+        common = {"bias": False, "params_dtype": torch.bfloat16, "quant_config": sglang_quantisation(stored)}
+        with as_rank(rank, ranks):
+            self.gate_up = MergedColumnParallelLinear(HIDDEN, [size, size], prefix=f"{prefix}.gate_up_proj", **common)
+            self.down = RowParallelLinear(size, HIDDEN, prefix=f"{prefix}.down_proj", **common)
+        poison(self.gate_up)
+        poison(self.down)
+
+    def load(self, role: str, suffix: str, tensor: torch.Tensor) -> None:
+        target = self._parameter(role, suffix)
+        shard = () if role == "down" else (0 if role == "gate" else 1,)
+        target.weight_loader(target, tensor, *shard)
+
+    def values(self, stored: Stored, role: str, suffixes: Iterable[str]) -> torch.Tensor:
+        found = {suffix: self._parameter(role, suffix).data for suffix in suffixes}
+        if role != "down":
+            found = {suffix: data.chunk(2)[0 if role == "gate" else 1] for suffix, data in found.items()}
+        return stored.read(found)
+
+    def _parameter(self, role: str, suffix: str) -> Any:
+        return getattr(self.down if role == "down" else self.gate_up, suffix[1:])
+
+
+@pytest.mark.parametrize("class_name", ["dense", "shared"])
+@pytest.mark.parametrize(("size", "ranks"), SHAPES)
+@pytest.mark.parametrize("stored", LINEAR_FORMATS, ids=lambda stored: stored.name)
+def test_other_mlps_hold_the_original(stored: Stored, size: int, ranks: int, class_name: str) -> None:
+    """Two shared experts are stored as one MLP of twice the routed experts' size, padded by the same field."""
+    is_dense = class_name == "dense"
+    sizes = {"moe_intermediate_size": 2048, "intermediate_size": size}
+    if not is_dense:
+        sizes = {"moe_intermediate_size": size, "n_shared_experts": 2}
+    stored_size, prefix = (size, DENSE) if is_dense else (2 * size, SHARED)
+    plan = plan_shards(facts_of(stored, **sizes), ranks)
+    mlp = make_mlp(stored, stored_size)
+    padded = dict(padded_weights(as_checkpoint(mlp, prefix), plan))
+    split = plan.splits[class_name]  # type: ignore[index]
+    assert split.size == stored_size
+    layers = [Mlp(stored, prefix, split.padded, rank, ranks) for rank in range(ranks)]
+    for layer in layers:
+        for role, tensors in mlp.items():
+            for suffix in tensors:
+                layer.load(role, suffix, padded[f"{prefix}.{role}_proj{suffix}"])
+    for role, tensors in mlp.items():
+        slices = [layer.values(stored, role, tensors) for layer in layers]
+        assert_reassembled(slices, stored.read(tensors), 1 if role == "down" else 0)
+
+
+# Without ep2tp.
+
+
+@pytest.mark.parametrize(
+    ("stored", "size", "ranks", "lost"),
+    [(quantised.INT4_GROUP128, 1536, 8, 128), (quantised.MODELOPT_NVFP4, 704, 8, 16)],
+    ids=["int4-192-a-rank", "nvfp4-88-a-rank"],
+)
+def test_sglang_alone_loads_wrong_scales_in_silence(stored: Stored, size: int, ranks: int, lost: int) -> None:
+    """The last rank's slice begins within a group, and has room for one scale too few: no error, wrong values."""
+    experts = [make_mlp(stored, size, expert) for expert in range(EXPERTS)]
+    layer = Experts(stored, size, ranks - 1, ranks)
+    layer.load(item for e, mlp in enumerate(experts) for item in as_checkpoint(mlp, f"{ROUTED}.{e}"))
+    per_rank = size // ranks
+    scales = layer.layer.w2_weight_scale.data[0]
+    assert scales.shape[0 if stored in FLIPPED else 1] == per_rank // lost  # 1.5 or 5.5 groups, rounded down
+    original = experts[0]["down"][".weight_scale"].float()
+    held = (scales.t() if stored in FLIPPED else scales).float()
+    first = per_rank * (ranks - 1) // lost  # the group of this rank's first column
+    assert not torch.equal(held, original[:, first : first + held.shape[1]])
+
+
+def test_sglang_alone_refuses_fp8_blocks_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match=r"= 704 is not divisible by weight quantization block_n = 128"):
+        Experts(quantised.FP8_BLOCK, 1408, 0, 2)
