@@ -35,6 +35,7 @@ RECORDINGS = {
     "vllm-0.25.1-gpu-tep2-rewritten.trace.json.gz": ("TP", "vllm", "high"),
     "vllm-0.25.1-gpu-dep2.trace.json.gz": ("DEP", "vllm", "high"),
     "sglang-0.5.17-gpu-tp2.log": ("TP", "sglang", "high"),
+    "sglang-0.5.17-gpu-dep2-rewritten.log": ("TP", "sglang", "high"),  # tests/gpu/test_sglang.py, fp8_ep2tp_deepep
     "sglang-0.5.17-gpu-tep2.log": ("TEP", "sglang", "high"),
     "sglang-0.5.17-gpu-tp2.trace.json.gz": ("TP", "sglang", "medium"),
     "sglang-0.5.17-gpu-tep2.trace.json.gz": ("TEP", "sglang", "medium"),
