@@ -17,6 +17,7 @@ from ep2tp.demo.launch import PROMPTS, EngineRun, run_engine
 from ep2tp.demo.tiny import TinyModel
 from tests.engines.conftest import tiny_model
 from tests.engines.serving import Server, free_port
+from tests.recall import RecallModel
 
 pytestmark = pytest.mark.engine
 
@@ -70,3 +71,19 @@ def test_rank_files_in_vllm(tiny_models: Path, source: Path, reference: EngineRu
         own = sum(sizes[name] for name in sizes if name.startswith((f"rank-{rank}-", "shared/")))
         assert size <= 1.02 * own
     assert sorted(read) == [0, 1]
+
+
+def test_padded_bf16_checkpoint_gives_the_tokens_of_one_rank(tmp_path: Path) -> None:
+    """Experts that hold a table have margins wide enough for BF16, which random weights have not."""
+    model = RecallModel(dense_size=325, heads=4)
+    source = model.write(tmp_path / "source")
+    reshard(source, tmp_path / "padded", tp=2)
+    answer, expected = model.answer().tolist(), []
+    for token in (prompt[-1] for prompt in PROMPTS):
+        chain = [token]
+        while len(chain) <= 12:
+            chain.append(answer[chain[-1]])
+        expected.append(chain[1:])
+    for label, folder, tp in (("one-rank", source, 1), ("padded", tmp_path / "padded", 2)):
+        found = run(tmp_path, label, folder, tp, dtype="bfloat16")
+        assert found.result is not None and found.result["tokens"] == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,21 @@ pytest.importorskip("vllm")
 from engines import NO_PLUGINS, Case, Engines, agreement
 from fp8_checkpoint import BlockModel
 from generate import STEPS, prompts
-from recall_checkpoint import RecallModel
 
 from ep2tp.checkpoint.reshard import reshard
+from tests.recall import Recall
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-RECALL = RecallModel()
+
+@dataclass(frozen=True)
+class RecallBlockModel(Recall, BlockModel):
+    """The table in FP8 blocks."""
+
+    vocabulary: int = 1024
+
+
+RECALL = RecallBlockModel()
 MODELS = {"recall": RECALL, "random": BlockModel(), "random_stored": BlockModel(stored_for=2)}
 CASES = [
     Case("recall_one_rank", "recall", ep2tp=NO_PLUGINS),

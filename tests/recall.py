@@ -13,24 +13,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from fp8_checkpoint import BLOCK, BlockModel
+
+from ep2tp.demo.tiny import TinyModel
 
 _WEAK = 0.05  # of attention, dense layer and shared experts; as TinyModel draws them, they would drown the table
-_SPREAD = 64.0
+_SPREAD, _BLOCK = 64.0, 128
 
 
-@dataclass(frozen=True)
-class RecallModel(BlockModel):
-    """Like :class:`BlockModel`, with experts that answer each token with :meth:`answer`."""
+class Recall:
+    """Mixed into :class:`TinyModel`: experts answer each token with :meth:`answer`. Needs vocabulary <= expert_size."""
 
-    vocabulary: int = 1024
+    expert_size: int
+    hidden: int
+    seed: int
+    vocabulary: int
 
     def answer(self) -> torch.Tensor:
         """For each token the one that follows it: a permutation, I64 [vocabulary]."""
         return torch.randperm(self.vocabulary, generator=torch.Generator().manual_seed(self.seed + 1))
 
     def _tensors(self, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
-        tensors = dict(super()._tensors(generator))
+        tensors = dict(super()._tensors(generator))  # type: ignore[misc]
         table = self._table(tensors["model.embed_tokens.weight"], tensors["lm_head.weight"], generator)
         for name, tensor in tensors.items():
             if ".experts." in name:
@@ -45,9 +48,21 @@ class RecallModel(BlockModel):
     ) -> dict[str, torch.Tensor]:
         """The three matrices of an expert. A token of length sqrt(hidden) makes its neuron give 8 * 8."""
         slot = torch.randperm(self.expert_size, generator=generator)[: self.vocabulary]
-        scale = _SPREAD ** (torch.arange(self.expert_size) // BLOCK % 2).float()
+        scale = _SPREAD ** (torch.arange(self.expert_size) // _BLOCK % 2).float()
         keys = torch.zeros(self.expert_size, self.hidden)
         keys[slot] = torch.nn.functional.normalize(embedding) * 8 / self.hidden**0.5
         values = torch.zeros(self.expert_size, self.hidden)
         values[slot] = torch.nn.functional.normalize(head[self.answer()]) * self.hidden**0.5 / 64
-        return {"gate_proj": keys, "up_proj": keys * scale[:, None], "down_proj": (values / scale[:, None]).T}
+        return {
+            "gate_proj": keys,
+            "up_proj": keys * scale[:, None],
+            "down_proj": (values / scale[:, None]).T.contiguous(),
+        }
+
+
+@dataclass(frozen=True)
+class RecallModel(Recall, TinyModel):
+    """A tiny one."""
+
+    expert_size: int = 325
+    vocabulary: int = 320
