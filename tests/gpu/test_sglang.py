@@ -102,13 +102,6 @@ class Engines:
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = Path(os.environ["GPU_TEST_LOGS"]) if "GPU_TEST_LOGS" in os.environ else tmp_path_factory.mktemp("logs")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory, out: Path) -> Iterator[Engines]:
     folder = tmp_path_factory.mktemp("checkpoints")
     for name, model in CHECKPOINTS.items():
@@ -116,19 +109,6 @@ def engines(tmp_path_factory: pytest.TempPathFactory, out: Path) -> Iterator[Eng
     running = Engines(folder, out)
     yield running
     running.pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture
-def note(out: Path, request: pytest.FixtureRequest) -> Any:
-    """Append a figure to figures.jsonl."""
-
-    def write(**figures: Any) -> None:
-        line = json.dumps({"test": request.node.name, **figures}, default=str)
-        print(line)
-        with (out / "figures.jsonl").open("a") as stream:
-            stream.write(line + "\n")
-
-    return write
 
 
 def distance(a: Run, b: Run) -> dict[str, Any]:
