@@ -13,6 +13,7 @@ from threading import Lock
 from typing import Any
 
 from ep2tp.checkpoint.header import Header, header_length, parse_header
+from ep2tp.checkpoint.hub_cache import hub_errors
 from ep2tp.checkpoint.lock import locked
 from ep2tp.checkpoint.reader import INDEX, MAX_TEXT, check_names, read_weight_map
 from ep2tp.checkpoint.source import FileTensors, is_carried, is_weights, origins_of
@@ -38,13 +39,12 @@ class HubSource:
 
     def __init__(self, repo: str, revision: str | None, beside: Path) -> None:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         self.repo, self.label = repo, repo
         self._beside, self._guard = beside, Lock()
         try:
             info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
+        except hub_errors() as error:
             raise CheckpointError(f"{repo}: no such folder, and the hub says: {error}") from None
         self.commit = str(info.sha)
         self._sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
@@ -104,12 +104,11 @@ class HubSource:
             CheckpointError: the download fails.
         """
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError
 
         with self._place() as folder:
             try:
                 path = hf_hub_download(self.repo, name, revision=self.commit, cache_dir=folder)
-            except (HfHubHTTPError, OSError) as error:
+            except hub_errors() as error:
                 raise CheckpointError(
                     f"{self.repo}: {name}: {error}; run the same command again to go on from here"
                 ) from None
@@ -168,7 +167,10 @@ class HubSource:
             return b""
         url = hf_hub_url(self.repo, name, revision=self.commit)
         headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        response = get_session().get(url, headers=headers, timeout=_TIMEOUT)
+        try:
+            response = get_session().get(url, headers=headers, timeout=_TIMEOUT)
+        except hub_errors() as error:
+            raise CheckpointError(f"{self.repo}: {name}: {error}; try again") from None
         data = response.content if response.status_code == 206 or (start, stop) == (0, self._sizes[name]) else b""
         if response.status_code not in (200, 206) or len(data) != stop - start:
             raise CheckpointError(

@@ -56,9 +56,21 @@ def download(repo: str, revision: str | None, unread: list[str]) -> Path:
         CheckpointError: the hub does not answer, or has no such model or revision.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repo, revision=revision, ignore_patterns=unread))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except hub_errors() as error:
         raise CheckpointError(f"{repo}: no such folder, and the hub says: {error}") from None
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where the hub does not give what it was asked for.
+
+    Its HTTP library (requests, later httpx) lets its own errors through, of time-outs and names not found, say. Their
+    base is a base of huggingface_hub's, too.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    ours = ("builtins", "huggingface_hub")
+    library = [base for base in HfHubHTTPError.__mro__ if base.__module__.split(".")[0] not in ours]
+    return OSError, HFValidationError, HfHubHTTPError, *library

@@ -176,3 +176,10 @@ def test_deepseek_parts(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "ep2tp.json").read_text())["source"]["repo"] == "lab/parts"
     streamed = convert(hub, tmp_path, "stream", "lab/parts")
     assert streamed.returncode == 1 and "leave --stream out" in streamed.stderr
+
+
+@pytest.mark.parametrize("way", ["stream", "cache"])
+def test_no_hub(hub: tuple[str, type[Hub]], tmp_path: Path, way: str) -> None:
+    nobody = ("http://127.0.0.1:9", hub[1])  # the discard port
+    done = convert(nobody, tmp_path, way, "lab/model")
+    assert done.returncode == 1 and "CheckpointError: lab/model: no such folder, and the hub says" in done.stderr
