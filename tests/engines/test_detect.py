@@ -12,18 +12,18 @@ from ep2tp.demo.launch import PROMPTS
 from ep2tp.observe.source import read_source
 from ep2tp.observe.verdict import judge
 from tests.engines.conftest import tiny_model
-from tests.engines.test_vllm_serve import MODEL, Server
+from tests.engines.test_vllm_serve import MODEL, served
 
 pytestmark = pytest.mark.engine
 
 
 def test_a_rewritten_recipe_is_seen_as_tp_from_every_side(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
-    server = Server(tiny_model(tiny_models, MODEL), tiny_models, "detect")
+    server = served(tiny_model(tiny_models, MODEL), tiny_models, nodes=1)
     try:
         server.generate(PROMPTS[0], max_tokens=2)
         sources = {
-            "server": f"http://127.0.0.1:{server.port}",
+            "server": server.url,
             "process": str(server.processes[0].pid),
             "log": str(server.logs[0]),
         }
