@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,30 +80,28 @@ def run_engine(
     result.unlink(missing_ok=True)
     environment = os.environ | dict(engine.environment) | {"EP2TP": mode}
     started = time.monotonic()
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", engine.module, str(request), str(result)],
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            returncode = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            returncode = -signal.SIGKILL
-        finally:
-            _end_group(process)
+    returncode = run_logged([sys.executable, "-m", engine.module, str(request), str(result)], environment, log, limit_s)
     seconds = time.monotonic() - started
     text = log.read_text(encoding="utf-8", errors="replace")
     found = json.loads(result.read_text(encoding="utf-8")) if returncode == 0 and result.is_file() else None
     return EngineRun(returncode, found, text, seconds, engine)
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End workers that a crashed engine leaves behind."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
+def run_logged(command: Sequence[str], environment: Mapping[str, str], log: Path, limit_s: float) -> int:
+    """Run a command with all that it starts, for so many seconds at most; its output goes to ``log``.
+
+    Returns:
+        Its exit status, ``-SIGKILL`` where it took too long. Workers that a crashed engine leaves behind are ended.
+    """
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            return process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ep2tp.demo.launch import run_logged
 
 HERE = Path(__file__).parent
 JOBS = int(os.environ.get("GPU_TEST_JOBS", "2"))
@@ -102,7 +102,7 @@ class Engines:
         environment = os.environ | _environment(case.ep2tp)
         if attempt > 1:
             environment["SHARED_GPU_STAGING"] = "torch"
-        status = wait(command, environment, log, left) if left > 0 else -1
+        status = run_logged(command, environment, log, left) if left > 0 else -1
         return Run(case, status, log.read_text(errors="replace") if log.exists() else "no time left", result)
 
     def _portable_attention(self, case: Case) -> str:
@@ -130,30 +130,6 @@ def _environment(ep2tp: str) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-
-
-def wait(command: list[str], environment: Mapping[str, str], log: Path, seconds: float) -> int:
-    """Run a command and all that it starts, for so long at most; returns its exit status."""
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return -9
-        finally:
-            _end_group(process)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End an engine's workers too, whatever state it left them in."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    finally:
-        process.wait()
 
 
 @dataclass(frozen=True)

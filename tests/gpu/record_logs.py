@@ -13,14 +13,13 @@ import argparse
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ep2tp.demo.launch import run_logged
 from ep2tp.demo.tiny import TinyModel
 from tests.observe import trim
 
@@ -92,30 +91,9 @@ def record(name: str, whole: Path, paths: dict[str, str]) -> tuple[str, int, flo
     python_path = os.pathsep.join([*paths[engine].split(":"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | _ENVIRONMENT | {"EP2TP": mode, "PYTHONPATH": python_path}
     started = time.monotonic()
-    with (whole / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--run", json.dumps(request)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            status = process.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            status = -signal.SIGKILL
-        finally:
-            _end_group(process)
+    command = [sys.executable, __file__, "--run", json.dumps(request)]
+    status = run_logged(command, environment, whole / f"{name}.log", LIMIT_S)
     return name, status, time.monotonic() - started
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    finally:
-        process.wait()
 
 
 def _run(request: dict[str, Any]) -> None:

@@ -25,8 +25,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sglang")
 
-from engines import wait
 from fp8_checkpoint import BlockModel
+
+from ep2tp.demo.launch import run_logged
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -95,7 +96,7 @@ class Engines:
         port = {"port": 31000 + 200 * list(CASES).index(name)}
         command = [sys.executable, str(HERE / "sglang_generate.py"), str(self.folder / checkpoint), str(result)]
         command += ["--engine", json.dumps({**options, **place, **port, "dtype": "bfloat16"})]
-        status = wait(command, os.environ | {"EP2TP": mode, "PYTHONUNBUFFERED": "1"}, log, ONE_ENGINE)
+        status = run_logged(command, os.environ | {"EP2TP": mode, "PYTHONUNBUFFERED": "1"}, log, ONE_ENGINE)
         if result.exists() and "GENERATED" in log.read_text(errors="replace"):
             status = 0  # SGLang ends its own process group when it shuts down
         return Run(name, status, log.read_text(errors="replace"), result)

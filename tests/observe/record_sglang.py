@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from ep2tp.demo.launch import run_logged
 from ep2tp.demo.tiny import TinyModel
 
 MODEL = TinyModel("glm4_moe", heads=12, kv_heads=6, expert_size=64, dense_size=256)
@@ -57,28 +56,8 @@ def record(folder: Path, name: str) -> int:
         "SGLANG_PLUGINS": "none" if mode == "off" else "ep2tp",
         "EP2TP": mode,
     }
-    with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--engine", json.dumps(engine)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            return process.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            return -signal.SIGKILL
-        finally:
-            _end_group(process)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
+    command = [sys.executable, __file__, "--engine", json.dumps(engine)]
+    return run_logged(command, environment, folder / f"{name}.log", LIMIT_S)
 
 
 def _generate(arguments: dict[str, Any]) -> None:

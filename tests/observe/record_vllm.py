@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ep2tp.demo.engines import CPU_ENVIRONMENT
-from ep2tp.demo.launch import PROMPTS
+from ep2tp.demo.launch import PROMPTS, run_logged
 from ep2tp.demo.tiny import TinyModel
 
 MODEL = TinyModel(expert_size=72, shared_experts=1, dense_size=320)
@@ -60,24 +58,7 @@ def record(folder: Path, name: str) -> int:
         }
     environment = os.environ | CPU_ENVIRONMENT | {"EP2TP": recording.ep2tp}
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--engine", json.dumps(engine)]
-    with (folder / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            return process.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            return -signal.SIGKILL
-        finally:
-            _end_group(process)
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
+    return run_logged(command, environment, folder / f"{name}.log", LIMIT_S)
 
 
 def _generate(engine: dict[str, Any]) -> None:
