@@ -6,8 +6,8 @@
 
 Launches: TP, TEP, DEP as stock vLLM runs them (EP2TP=off), and the TEP and DEP command lines rewritten by ep2tp
 (EP2TP=on). Links: nvlink (NCCL as it comes), host (NCCL_P2P_DISABLE=1), socket (NCCL_SHM_DISABLE=1 too); the last two
-without vLLM's custom all-reduce. Models have DeepSeek-V3's shape with fewer layers and random weights; routing is
-uniform (VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random), as the planner assumes.
+without vLLM's custom all-reduce. Models (ep_vs_tp_models.py) have published shapes with fewer layers and random
+weights; routing is uniform (VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random), as the planner assumes.
 
 One JSON line for the machine, one for each link's calibration, one for each launch and link. A launch that fails or
 hangs is a line with its error, and the rest goes on. Launches that --budget leaves no time for are lines, too.
@@ -29,6 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ep_vs_tp_models import MODELS
+
 from ep2tp.demo.engines import CPU_ENVIRONMENT
 from ep2tp.demo.launch import EngineRun
 from ep2tp.errors import Ep2tpError
@@ -48,43 +50,6 @@ LINKS: dict[str, dict[str, str]] = {
     "socket": {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
 }
 LAUNCHES = ("TP", "TEP", "DEP", "TEP-rewritten", "DEP-rewritten")
-_V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "hidden_size": 7168,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "moe_layer_freq": 1,
-    "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 0,
-    "vocab_size": 129280,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-_FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
-MODELS: dict[str, dict[str, Any]] = {
-    "v3-fp8": {**_V3, "num_hidden_layers": 9, "n_routed_experts": 256, "quantization_config": _FP8},
-    "v3-bf16": {**_V3, "num_hidden_layers": 8, "n_routed_experts": 128},
-}
 
 
 @dataclass(frozen=True)
