@@ -113,3 +113,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     **{f"{name}-bf16": {**shape, "num_hidden_layers": 9} for name, shape in _SHAPES.items()},
 }
+
+
+def model_config(name: str, layers: int | None) -> dict[str, Any]:
+    """The config.json of a model, with as many layers as asked for."""
+    return {**MODELS[name], **({"num_hidden_layers": layers} if layers else {})}
