@@ -11,6 +11,9 @@ from ep2tp.errors import Ep2tpError, OperandError
 if TYPE_CHECKING:
     from ep2tp.kernels.operands import Activation, ExpertWeights
 
+DEVICES = {"cuda"}
+"""Kinds of devices that ep2tp's kernel runs on."""
+
 
 class UnfitError(Ep2tpError):
     """A layer that ep2tp's kernel does not take; the message says why, as the end of a sentence."""
@@ -51,6 +54,8 @@ class Experts:
         from ep2tp.kernels.operands import check_operands
 
         values = self.gate_up.values
+        if values.device.type not in DEVICES:
+            raise UnfitError(f"ep2tp's kernel runs on GPUs by CUDA, and the weights are on {values.device}")
         x = values.new_empty((0, self.down.values.shape[1]), dtype=dtype)
         ids = values.new_empty((0, self.top_k), dtype=torch.int32)
         try:

@@ -216,8 +216,10 @@ import sys
 from pathlib import Path
 from ep2tp.engines.sglang import tuning
 from tests.kernels.test_tune import ENGINE_CONFIG, meta_down, write_engine_file
-from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config import get_moe_configs
+from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe_triton_config as sglang
 
+sglang.get_device_name = lambda: "NVIDIA H100"
+get_moe_configs = sglang.get_moe_configs
 tuning.publish_arguments()
 written = write_engine_file(tuning, Path(sys.argv[1]))
 assert written.parent.parent.name == "configs" and written.parent.name.startswith("triton_"), written
@@ -234,7 +236,7 @@ def test_real_sglang_reads_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
     child = subprocess.run([sys.executable, "-c", SGLANG, str(tmp_path)], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]
-    assert "READ E=16,N=256,device_name=" in child.stdout
+    assert "READ E=16,N=256,device_name=NVIDIA_H100,dtype=fp8_w8a8,block_shape=[128, 128].json" in child.stdout
 
 
 def write_engine_file(engine: ModuleType, folder: Path) -> Path:

@@ -19,6 +19,10 @@ def _keep_layout(cpu_moe: Any) -> None:
     cpu_moe.CPUUnquantizedExperts.process_weights_after_loading = lambda self, layer: None
 
 
+def _take_cpus(loaded_experts: Any) -> None:
+    loaded_experts.DEVICES |= {"cpu"}
+
+
 def _take_cpu_experts(kernel: Any) -> None:
     kernel.KEPT_LAYOUT |= _CPU_EXPERTS
 
@@ -50,6 +54,7 @@ def _use_reference(module: Any) -> None:
 
 for name, hook in (
     ("vllm.model_executor.layers.fused_moe.experts.cpu_moe", _keep_layout),
+    ("ep2tp.engines.loaded_experts", _take_cpus),
     ("ep2tp.engines.vllm.kernel", _take_cpu_experts),
     ("ep2tp.kernels.operands", _accept_32_bits),
     ("ep2tp.kernels.fused_moe", _use_reference),
