@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
+from math import ceil, gcd, log2
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ def _dot_columns(tile: PassConfig, weight_format: WeightFormat, columns: int) ->
 def _by_expert(layer: Layer, config: KernelConfig, pairs: int) -> dict[str, Any]:
     return {
         "PAIRS": config.pairs,
-        "ALL_PAIRS": max(16, triton.next_power_of_2(pairs)),
+        "ALL_PAIRS": 4 ** max(2, ceil(log2(pairs) / 2)),  # powers of 4: few variants to compile
         "FIND": pairs <= layer.experts,
     }
 
