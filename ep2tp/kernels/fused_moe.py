@@ -27,7 +27,7 @@ def fused_moe(
 ) -> Tensor:
     """Sum over each token's experts of ``weight * down(act(gate_up(x)))``.
 
-    Weights are dequantised in registers and multiplied with x as it is; sums are float32, and the activation's result is
+    Weights are dequantised in registers and multiplied with x as it is; sums are float32; the activation's result is
     rounded to x's dtype. The result is the same each time: no atomics.
 
     Args:

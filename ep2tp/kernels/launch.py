@@ -10,12 +10,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ep2tp.kernels.combine import combine
 from ep2tp.kernels.configs import KernelConfig, PassConfig
-from ep2tp.kernels.down_by_expert import down_by_expert
-from ep2tp.kernels.down_by_token import down_by_token
-from ep2tp.kernels.gate_up_by_expert import gate_up_by_expert
-from ep2tp.kernels.gate_up_by_pair import gate_up_by_pair
+from ep2tp.kernels.device.combine import combine
+from ep2tp.kernels.device.down_by_expert import down_by_expert
+from ep2tp.kernels.device.down_by_token import down_by_token
+from ep2tp.kernels.device.gate_up_by_expert import gate_up_by_expert
+from ep2tp.kernels.device.gate_up_by_pair import gate_up_by_pair
 from ep2tp.kernels.operands import UNIT, Activation, ExpertWeights, WeightFormat
 
 _COMBINE_COLUMNS = 1024

@@ -78,8 +78,8 @@ def weights(
     if stored.kind == "mxfp4":
         exponents = integers(125, 130, *scale_shape) - round(torch.log2(torch.tensor(2.9 * columns**0.5)).item())
         return ExpertWeights(packed, exponents.to(torch.uint8), stored, biases)
-    global_scales = torch.full((experts,), 1 / (2.9 * columns**0.5 * 64), device=device) * (1 + torch.arange(experts, device=device) % 3)
-    return ExpertWeights(packed, (near_one * 64).to(torch.float8_e4m3fn), stored, biases, global_scales)
+    expert_scales = (1 + torch.arange(experts, device=device) % 3) / (2.9 * columns**0.5 * 64)
+    return ExpertWeights(packed, (near_one * 64).to(torch.float8_e4m3fn), stored, biases, expert_scales)
 
 
 def routing(tokens: int, experts: int, top_k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Compiles what a call would launch, for any GPU, on a machine that has none: arguments without data, a stand-in driver.
+"""Compiles what a call would launch, for any GPU, without one: arguments have no data, and a driver is stood in for.
 
 It leaves Triton's own cache filled, which lets several processes compile what one will then run.
 """
@@ -99,7 +99,8 @@ def _weights(stored: WeightFormat, shape: tuple[int, int, int], dtype: torch.dty
     experts, rows, columns = shape
     kinds = {"bf16": dtype, "int4": torch.int32}
     per_element = {"int4": 8, "mxfp4": 2, "nvfp4": 2}.get(stored.kind, 1)
-    values = torch.empty((experts, rows, columns // per_element), dtype=kinds.get(stored.kind, torch.uint8), device="meta")
+    stored_type = kinds.get(stored.kind, torch.uint8)
+    values = torch.empty((experts, rows, columns // per_element), dtype=stored_type, device="meta")
     scales = None
     if stored.kind != "bf16":
         scale_type = {"fp8": torch.float32, "int4": dtype}.get(stored.kind, torch.uint8)

@@ -1,6 +1,6 @@
 """Second pass where tokens share experts: a program multiplies one tile of one expert with all of its pairs.
 
-Each pair's weighted part is written in float32; :mod:`ep2tp.kernels.combine` sums them, always in the same order.
+Each pair's weighted part is written in float32; :mod:`ep2tp.kernels.device.combine` sums them, always in the same order.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ep2tp.kernels.routing import matching_pairs, pairs_at
-from ep2tp.kernels.scales import expert_factor, load_scales, scale_rows
-from ep2tp.kernels.tile_dot import load_columns, multiply_tile
+from ep2tp.kernels.device.routing import matching_pairs, pairs_at
+from ep2tp.kernels.device.scales import expert_factor, load_scales, scale_rows
+from ep2tp.kernels.device.tile_dot import load_columns, multiply_tile
 
 
 @triton.jit

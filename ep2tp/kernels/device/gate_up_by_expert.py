@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ep2tp.kernels.activate import activate
-from ep2tp.kernels.routing import matching_pairs, pairs_at
-from ep2tp.kernels.scales import expert_factor, load_scales, scale_rows
-from ep2tp.kernels.tile_dot import load_columns, multiply_tile
+from ep2tp.kernels.device.activate import activate
+from ep2tp.kernels.device.routing import matching_pairs, pairs_at
+from ep2tp.kernels.device.scales import expert_factor, load_scales, scale_rows
+from ep2tp.kernels.device.tile_dot import load_columns, multiply_tile
 
 
 @triton.jit

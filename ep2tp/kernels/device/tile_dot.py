@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ep2tp.kernels.dequant import byte_values, nibble_values
-from ep2tp.kernels.scales import load_scales
+from ep2tp.kernels.device.dequant import byte_values, nibble_values
+from ep2tp.kernels.device.scales import load_scales
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def multiply_tile(
     LENGTH: tl.constexpr, KIND: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr, BITS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """``sums + weights[:, start : start + COLUMNS] @ inputs``. FP8's scales multiply partial sums, others' the weights."""
+    """``sums + weights[:, start : start + COLUMNS] @ inputs``. FP8's scales multiply sums, others the weights."""
     stored_column = start // PACK + tl.arange(0, COLUMNS // PACK)
     mask = live[:, None] & (stored_column < LENGTH // PACK)[None, :]
     pointers = values + row_starts[:, None] + stored_column[None, :]

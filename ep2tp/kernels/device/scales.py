@@ -5,11 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ep2tp.kernels.dequant import scale_value
+from ep2tp.kernels.device.dequant import scale_value
 
 
 @triton.jit
-def scale_rows(expert, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def scale_rows(
+    expert, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
     """Offset of the first scale of each row of ``expert``'s ``[ROWS, COLUMNS]`` matrix."""
     down: tl.constexpr = (ROWS + BLOCK_ROWS - 1) // BLOCK_ROWS if BLOCK_ROWS > 0 else 1
     across: tl.constexpr = (COLUMNS + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS if BLOCK_COLUMNS > 0 else 1

@@ -1,6 +1,6 @@
 """Products on CUDA cores: tiles ``[rows, units, stored]``, where a unit is what one thread loads (16 bytes, mostly).
 
-One unit's values share a scale, so a thread sums its own products, scales the sum once and keeps one accumulator a unit.
+One unit's values share a scale, so a thread sums its own products, scales the sum, and keeps one accumulator a unit.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ep2tp.kernels.dequant import byte_values, nibble_values
+from ep2tp.kernels.device.dequant import byte_values, nibble_values
 
 
 @triton.jit

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ep2tp.kernels.activate import activate
-from ep2tp.kernels.scales import expert_factor, load_scales, scale_rows
-from ep2tp.kernels.unit_products import load_inputs, unit_sums
+from ep2tp.kernels.device.activate import activate
+from ep2tp.kernels.device.scales import expert_factor, load_scales, scale_rows
+from ep2tp.kernels.device.unit_products import load_inputs, unit_sums
 
 
 @triton.jit

@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ep2tp.kernels.scales import load_scales, scale_rows
-from ep2tp.kernels.unit_products import load_inputs, unit_sums
+from ep2tp.kernels.device.scales import load_scales, scale_rows
+from ep2tp.kernels.device.unit_products import load_inputs, unit_sums
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def _load_tile(
     KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, UNIT: tl.constexpr, PACK: tl.constexpr,
     BITS: tl.constexpr, WEIGHT_INPUT: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Weights ``[rows, units, stored]`` from unit ``start`` on, what multiplies their sums, and which units are real."""
+    """Weights ``[rows, units, stored]`` from unit ``start`` on, what their sums are scaled by, which units are real."""
     stored_columns: tl.constexpr = I // PACK
     outputs = tile * ROWS + tl.arange(0, ROWS)
     units = start + tl.arange(0, UNITS)
@@ -32,7 +32,9 @@ def _load_tile(
     columns = expert * (K * stored_columns) + unit * (UNIT // PACK)
     rows = outputs[:, None, None] * stored_columns + tl.arange(0, UNIT // PACK)[None, None, :]
     mask = (outputs < K)[:, None] & real[None, :]
-    stored = tl.load(values + columns[None, :, None] + rows, mask=mask[:, :, None], other=0, eviction_policy="evict_first")
+    stored = tl.load(
+        values + columns[None, :, None] + rows, mask=mask[:, :, None], other=0, eviction_policy="evict_first"
+    )
 
     factor = tl.full([1, UNITS], 1.0, tl.float32)
     if not WEIGHT_INPUT:
