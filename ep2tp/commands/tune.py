@@ -47,7 +47,8 @@ def tune_command(model: str, tp: int, seconds: int, out: Path | None, engine: st
     from ep2tp.kernels.tuned_configs import user_folder
 
     for s in slices:
-        _tune(s, name, device, seconds / len(slices), out or user_folder())
+        if not _tune(s, name, device, seconds / len(slices), out or user_folder()):
+            break
 
 
 def slices_for(facts: ModelFacts, ranks: int, engine: str) -> list[Slice]:
@@ -84,14 +85,15 @@ def _device() -> str:
     return str(torch.cuda.get_device_name())
 
 
-def _tune(s: Slice, engine_name: str, device: str, seconds: float, folder: Path) -> None:
+def _tune(s: Slice, engine_name: str, device: str, seconds: float, folder: Path) -> bool:
+    """Tune for one slice and write what was found; False where that was interrupted."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from ep2tp.kernels.tune import TOKENS, Timed, Tuning, tune
 
     engine = import_module(f"ep2tp.engines.{engine_name}.tuning")
-    console, tuning = Console(stderr=True, highlight=False), Tuning(s, device)
+    is_whole, console, tuning = True, Console(stderr=True, highlight=False), Tuning(s, device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console.print(f"{s} on {device}, at most {seconds:.0f} s; ep2tp's kernel and {engine.NAME}'s")
     try:
@@ -104,10 +106,12 @@ def _tune(s: Slice, engine_name: str, device: str, seconds: float, folder: Path)
 
             tune(tuning, engine, seconds, tell)
     except KeyboardInterrupt:
+        is_whole = False
         console.print("Interrupted; writing what was found.")
     for path in tuning.write(folder, engine, _engine_file(engine, s)):
         click.echo(path)
     console.print(f"Stock {engine.NAME} uses its file with {engine.VARIABLE}={folder / engine_name}")
+    return is_whole
 
 
 def _engine_file(engine: Any, s: Slice) -> Path:

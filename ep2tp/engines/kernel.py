@@ -120,4 +120,5 @@ def put_on_layers(layers: Iterable[tuple[str, Any]], put: Callable[[Any], str], 
             if kernel is Kernel.EP2TP:
                 raise LaunchError(f"EP2TP_KERNEL=ep2tp: {name}: {why}; EP2TP_KERNEL=auto uses the engine's") from None
             outcomes[f"the engine's: {why}"] += 1
-    return [f"ep2tp kernel: {count} MoE layers: {outcome}" for outcome, count in outcomes.items()]
+    lines = [f"ep2tp kernel: {count} MoE layers: {outcome}" for outcome, count in outcomes.items()]
+    return lines or ["ep2tp kernel: the engine's: this part of the model has no MoE layer that ep2tp knows"]

@@ -54,8 +54,8 @@ class Experts:
         from ep2tp.kernels.operands import check_operands
 
         values = self.gate_up.values
-        if values.device.type not in DEVICES:
-            raise UnfitError(f"ep2tp's kernel runs on GPUs by CUDA, and the weights are on {values.device}")
+        if values.device.type not in DEVICES or torch.version.hip:
+            raise UnfitError(f"ep2tp's kernel runs on NVIDIA GPUs, and the weights are on {values.device}")
         x = values.new_empty((0, self.down.values.shape[1]), dtype=dtype)
         ids = values.new_empty((0, self.top_k), dtype=torch.int32)
         try:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +92,8 @@ class Engine:
     def end(self) -> None:
         """Let it stop by itself for some seconds, then end it with its workers."""
         Path(f"{self.stem}.stop").touch()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            pass
         _end_group(self.process)
 
 

@@ -26,6 +26,8 @@ from sglang.srt.runtime_context import get_context, get_parallel
 
 from ep2tp.engines.sglang import kernel
 from ep2tp.errors import LaunchError
+from ep2tp.kernels import configs, tuned_configs
+from ep2tp.kernels.operands import WeightFormat
 from ep2tp.settings import Kernel
 
 EXPERTS, TOP_K, TOKENS, HIDDEN, SIZE = 4, 2, 5, 32, 48
@@ -33,6 +35,7 @@ lines = []
 kernel.logger.addHandler(SimpleNamespace(level=0, handle=lambda record: lines.append(record.getMessage())))
 kernel.logger.setLevel(logging.INFO)
 arguments = SimpleNamespace(enable_lora=False, lora_paths=None, enable_deterministic_inference=False)
+bf16 = WeightFormat("bf16")
 torch.manual_seed(0)
 published = get_context().override_server_args(model_path="dummy", tp_size=1, device="cpu")
 alone = {"tp_rank": 0, "moe_tp_rank": 0, "moe_ep_rank": 0, "tp_group": SimpleNamespace(world_size=1)}
@@ -60,6 +63,18 @@ with torch.no_grad(), published, get_parallel().override(**alone):
     filled = StandardTopKOutput(weights, torch.where(torch.arange(TOKENS)[:, None] < 3, ids, -1).int(), None)
     part = model["experts"](values.clone(), filled)
     torch.testing.assert_close(part[:3], ours[:3], rtol=0, atol=0)
+    path = tuned_configs.user_folder() / configs.file_name("cpu", "bf16")
+    tuned_configs.write_table(path, {(EXPERTS, HIDDEN, SIZE, TOP_K): [(2, configs.default(bf16, 2, (9, 0)))]})
+    tuned_configs._read_cached.cache_clear()
+    other = layer(routed_scaling_factor=2.5)
+    other["experts"].load_state_dict(model["experts"].state_dict())
+    kernel.install(other, Kernel.AUTO, arguments)
+    assert lines.pop().startswith("ep2tp kernel: 1 MoE layers: ep2tp's for M<=2, the engine's above on E=4")
+    few = StandardTopKOutput(*(tensor[:2] for tensor in chosen))
+    torch.testing.assert_close(other["experts"](values.clone(), chosen), stock, rtol=0, atol=0)  # SGLang's own kernel
+    torch.testing.assert_close(other["experts"](values[:2].clone(), few), ours[:2], rtol=1e-5, atol=1e-4)
+    other["experts"].w2_weight = torch.nn.Parameter(other["experts"].w2_weight * 2)  # weights that are loaded again
+    torch.testing.assert_close(other["experts"](values[:2].clone(), few) * 1.25, ours[:2], rtol=1e-4, atol=1e-2)
     for options, why in (({"activation": "gelu"}, "is gelu"), ({"swiglu_limit": 7.0}, "with or without a clamp")):
         other = layer(**options)
         try:
@@ -76,7 +91,8 @@ torch.testing.assert_close(ours, stock * 2.5, rtol=1e-4, atol=1e-2)  # values of
 """
 
 
-def test_a_kernel_on_the_experts_of_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_on_the_experts_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{STAND_IN}:{Path(__file__).parents[2]}")
     child = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]

@@ -3,7 +3,7 @@
 How near is near enough? vLLM's kernel quantises activations to FP8, ep2tp's takes them in BF16, so on an FP8
 checkpoint the two differ by what that rounding does. ``twin`` is the same model with every FP8 weight written out in
 BF16: vLLM quantises no activation there. ep2tp's kernel takes away one source of the distance to it, so it must not be
-further away than vLLM's own kernel. On the BF16 twin itself, both kernels do the same arithmetic up to the order of sums.
+further away than vLLM's own kernel. On the BF16 twin itself, both do the same arithmetic up to the order of sums.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ def install(model: Any, kernel: Kernel, arguments: Any) -> None:
 
 def _put(layer: Any, device: Device, is_forced: bool, arguments: Any) -> str:
     ours = LayerKernel(_experts(layer, arguments), device, is_forced)
+    tensors = _tensors(layer)
     scaling = layer.moe_runner_config.routed_scaling_factor
     engine_core = layer.run_moe_core
 
@@ -53,7 +54,7 @@ def _put(layer: Any, device: Device, is_forced: bool, arguments: Any) -> str:
 
         x, topk = dispatch_output.hidden_states, dispatch_output.topk_output
         is_plain = dispatch_output.hidden_states_scale is None and hasattr(topk, "topk_ids")
-        config = ours.config(x.shape[0]) if is_plain else None
+        config = ours.config(x.shape[0]) if is_plain and _tensors(layer) == tensors else None
         if config is None:
             return engine_core(dispatch_output=dispatch_output)
         weights = topk.topk_weights if scaling in (None, 1.0) else topk.topk_weights * scaling
@@ -63,6 +64,13 @@ def _put(layer: Any, device: Device, is_forced: bool, arguments: Any) -> str:
     if text.startswith("ep2tp"):
         layer.run_moe_core = run_moe_core
     return text
+
+
+def _tensors(layer: Any) -> tuple[int, ...]:
+    """Where a layer's weights and scales are; weights that are loaded again may lie elsewhere."""
+    found = layer.quant_method.get_triton_quant_info(layer)
+    tensors = (found.w13_weight, found.w2_weight, found.w13_scale, found.w2_scale)
+    return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
 
 
 def _experts(layer: Any, arguments: Any) -> Experts:
@@ -84,6 +92,8 @@ def _experts(layer: Any, arguments: Any) -> Experts:
         raise UnfitError("LoRA adapters are on")
     if getattr(arguments, "enable_deterministic_inference", False):
         raise UnfitError("--enable-deterministic-inference: its order of summation depends on the number of tokens")
+    if getattr(arguments, "enable_torch_compile", False):
+        raise UnfitError("--enable-torch-compile traces the experts")
     if config.activation != "silu" or not config.is_gated or _clamps(config):
         raise UnfitError(f"the activation is {config.activation}, with or without a clamp, not plain silu")
     if config.no_combine or config.use_tp_all_gather_activation:

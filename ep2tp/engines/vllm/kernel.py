@@ -69,7 +69,7 @@ def _put(layer: Any, device: Device, is_forced: bool) -> str:
     engine_apply = kernel.apply
 
     def apply(hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        config = ours.config(hidden_states.shape[0]) if w1 is layer.w13_weight else None
+        config = ours.config(hidden_states.shape[0]) if w1 is ours.experts.gate_up.values else None
         if config is None:
             return engine_apply(hidden_states, w1, w2, topk_weights, topk_ids, *args, **kwargs)
         return ours(hidden_states, topk_weights, topk_ids, config)
@@ -107,7 +107,7 @@ def _experts(layer: Any, kernel: Any) -> Experts:
     found = Experts(
         expert_weights(layer.w13_weight, quantised.w1_scale, block, quantised.w1_bias),
         expert_weights(layer.w2_weight, quantised.w2_scale, block, quantised.w2_bias),
-        _activation(layer.activation.value, quantised, layer),
+        _activation(layer.activation.value, quantised, moe),
         moe.experts_per_token,
         layer.apply_router_weight_on_input,
     )
@@ -115,13 +115,13 @@ def _experts(layer: Any, kernel: Any) -> Experts:
     return found
 
 
-def _activation(name: str, quantised: Any, layer: Any) -> Activation:
-    """vLLM's activation as ep2tp's kernel has it; vLLM reads its clamp from either of two places."""
+def _activation(name: str, quantised: Any, moe: Any) -> Activation:
+    """vLLM's activation as ep2tp's kernel has it; its parameters are in either of two configs."""
     from ep2tp.kernels.operands import Activation
 
-    limit, alpha, beta = quantised.gemm1_clamp_limit, quantised.gemm1_alpha, quantised.gemm1_beta
-    limit = getattr(layer, "swiglu_limit", None) if limit is None else limit
-    given = (alpha, beta, limit)
+    first = (quantised.gemm1_alpha, quantised.gemm1_beta, quantised.gemm1_clamp_limit)
+    second = (moe.swiglu_alpha, moe.swiglu_beta, moe.swiglu_limit)
+    given = tuple(b if a is None else a for a, b in zip(first, second, strict=True))
     if name == "silu" and given == (None, None, None):
         return Activation.SILU
     if name == "swigluoai" and all(value in (None, usual) for value, usual in zip(given, _SWIGLU_OAI, strict=True)):
