@@ -87,6 +87,7 @@ def _device() -> str:
 
 def _tune(s: Slice, engine_name: str, device: str, seconds: float, folder: Path) -> bool:
     """Tune for one slice and write what was found; False where that was interrupted."""
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -104,12 +105,14 @@ def _tune(s: Slice, engine_name: str, device: str, seconds: float, folder: Path)
                 console.print(_line(found, engine.NAME))
                 bar.advance(task)
 
-            tune(tuning, engine, seconds, tell)
+            with torch.device("cuda"):
+                tune(tuning, engine, seconds, tell, torch.cuda.get_device_capability())
     except KeyboardInterrupt:
         is_whole = False
         console.print("Interrupted; writing what was found.")
-    for path in tuning.write(folder, engine, _engine_file(engine, s)):
-        click.echo(path)
+    finally:
+        for path in tuning.write(folder, engine, _engine_file(engine, s)):
+            click.echo(path)
     console.print(f"Stock {engine.NAME} uses its file with {engine.VARIABLE}={folder / engine_name}")
     return is_whole
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from typing import TypeVar
@@ -17,7 +17,7 @@ _PASS = {"rows": (16, 32, 64, 128), "columns": (64, 128, 256, 512, 1024), "warps
 _ENGINE = {
     "BLOCK_SIZE_M": (16, 32, 64, 128),
     "BLOCK_SIZE_N": (32, 64, 128, 256),
-    "BLOCK_SIZE_K": (64, 128, 256),
+    "BLOCK_SIZE_K": (32, 64, 128, 256),
     "GROUP_SIZE_M": (1, 16, 32, 64),
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4, 5),
@@ -26,18 +26,26 @@ _SHARED_MEMORY = 227 * 1024  # bytes that one program can have on SM90, the most
 
 
 def descend(
-    start: Config, moves: Callable[[Config], Iterable[Config]], measure: Callable[[Config], float], deadline: float
+    starts: Sequence[Config],
+    moves: Callable[[Config], Iterable[Config]],
+    measure: Callable[[Config], float],
+    deadline: float,
 ) -> tuple[Config, float]:
     """The best configuration found before ``deadline``, and its time.
 
     Args:
-        start: measured in any case.
+        starts: one or more to begin with, best first; the first is measured in any case.
         moves: neighbours of a configuration.
         measure: its time; ``inf`` where it does not run. No configuration is measured twice.
         deadline: by ``time.monotonic()``.
     """
-    best, least = start, measure(start)
-    seen = [start]
+    best, least = starts[0], measure(starts[0])
+    seen = [best]
+    for start in starts[1:]:
+        if start not in seen and time.monotonic() < deadline:
+            seen.append(start)
+            if (found := measure(start)) < least:
+                best, least = start, found
     improved = True
     while improved:
         improved = False
@@ -111,6 +119,10 @@ def runs_or_inf(measure: Callable[[Config], float], errors: tuple[type[Exception
         try:
             return measure(config)
         except errors:
+            return inf
+        except RuntimeError as error:  # Triton's own; after some of CUDA's nothing runs any more
+            if "illegal" in str(error) or "CUDA error" in str(error):
+                raise
             return inf
 
     return guarded

@@ -16,7 +16,7 @@ _COLD = 256 << 20  # bytes that are written before each call: more than the L2 o
 
 
 class Routing:
-    """Uniformly random experts for each of some tokens, none twice for one token.
+    """Uniformly random experts for each of some tokens, none twice for one token, on the default device.
 
     Attributes:
         weights: [M, top_k] FP32, each row's sum is 1.
@@ -25,13 +25,13 @@ class Routing:
 
     def __init__(self, tokens: int, experts: int, top_k: int) -> None:
         self._experts = experts
-        self.weights = torch.full((tokens, top_k), 1 / top_k, device="cuda")
-        self.ids = torch.zeros((tokens, top_k), dtype=torch.int32, device="cuda")
+        self.weights = torch.full((tokens, top_k), 1 / top_k)
+        self.ids = torch.zeros((tokens, top_k), dtype=torch.int32)
         self.renew()
 
     def renew(self) -> None:
         """Draw other experts, in place."""
-        chances = torch.rand((self.ids.shape[0], self._experts), device="cuda")
+        chances = torch.rand((self.ids.shape[0], self._experts), device=self.ids.device)
         self.ids.copy_(chances.topk(self.ids.shape[1]).indices)
 
 
@@ -61,10 +61,10 @@ def milliseconds(call: Callable[[], Any], routing: Routing) -> float:
 
 
 def random_weights(shape: tuple[int, int, int], is_fp8: bool) -> Tensor:
-    """[E, rows, columns] BF16 or FP8 E4M3 on the GPU, finite and small."""
+    """[E, rows, columns] BF16 or FP8 E4M3 on the default device, finite and small."""
     if not is_fp8:
-        return torch.empty(shape, dtype=torch.bfloat16, device="cuda").uniform_(-0.05, 0.05)
-    bits = torch.empty(shape, dtype=torch.uint8, device="cuda").random_(0, 0x60)
+        return torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.05, 0.05)
+    bits = torch.empty(shape, dtype=torch.uint8).random_(0, 0x60)
     return bits.view(torch.float8_e4m3fn)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 """Tokens of a call at which kernels are timed: decode steps first."""
+
+_NEAR = 1e-2  # relative error in BF16; a configuration that computes something else never wins
 
 
 @dataclass(frozen=True)
@@ -74,22 +76,25 @@ class Tuning:
 
 
 def tune(
-    tuning: Tuning, engine: ModuleType, seconds: float, tell: Callable[[Timed], None], tokens: Iterable[int] = TOKENS
+    tuning: Tuning,
+    engine: ModuleType,
+    seconds: float,
+    tell: Callable[[Timed], None],
+    capability: tuple[int, int],
+    tokens: Iterable[int] = TOKENS,
 ) -> None:
     """Fill ``tuning`` with results. What is there when it is interrupted is complete.
 
     Args:
-        tuning: with a slice; its random weights are made here, on this process's GPU.
+        tuning: with a slice; its random weights are made here, on PyTorch's default device.
         engine: ``ep2tp.engines.vllm.tuning`` or SGLang's.
         seconds: for everything; each number of tokens gets an equal share of what is left, half for either kernel, and
             at least the time of its first configuration.
         tell: called with each result.
+        capability: the GPU's, such as (9, 0).
         tokens: numbers of tokens.
     """
-    import torch
-
     gate_up, down = _random_experts(tuning.slice)
-    capability = torch.cuda.get_device_capability()
     deadline, left = time.monotonic() + seconds, list(tokens)
     while left:
         count = left.pop(0)
@@ -109,26 +114,32 @@ def _one(
     import torch
 
     from ep2tp.kernels.fused_moe import fused_moe
+    from ep2tp.kernels.reference import fused_moe_reference
     from ep2tp.kernels.timing import Routing, launch_errors, milliseconds
 
     s = tuning.slice
-    x = torch.randn((tokens, s.hidden), dtype=torch.bfloat16, device="cuda")
+    x = torch.randn((tokens, s.hidden), dtype=torch.bfloat16)
     routing = Routing(tokens, s.experts, s.top_k)
+    weights, ids = routing.weights.clone(), routing.ids.clone()
+    right = fused_moe_reference(x, gate_up, down, weights, ids, dtype=torch.float32)
     errors = launch_errors()
 
     def ours(config: KernelConfig) -> float:
+        found = fused_moe(x, gate_up, down, weights, ids, config=config).float()
+        if not (found - right).norm() <= _NEAR * right.norm():  # a NaN is not near either
+            return inf
         return milliseconds(lambda: fused_moe(x, gate_up, down, routing.weights, routing.ids, config=config), routing)
 
     def theirs(config: EngineConfig) -> float:
         return milliseconds(lambda: engine.run(x, gate_up, down, routing.weights, routing.ids, config), routing)
 
     now = time.monotonic()
-    earlier = tuning.timed[-1].ours if tuning.timed else configs.default(s.format, tokens, capability)
-    best, best_ms = descend(earlier, kernel_moves, runs_or_inf(ours, errors), now + share / 2)
+    starts = [configs.default(s.format, tokens, capability), *(one.ours for one in tuning.timed[-1:])]
+    best, best_ms = descend(starts, kernel_moves, runs_or_inf(ours, errors), now + share / 2)
     default: Mapping[str, int] = engine.default_config(down, s.top_k, tokens)
     guarded = runs_or_inf(theirs, errors)
     moves = engine_moves(tokens, down.values.element_size(), s.format.block)
-    engine_best, engine_ms = descend(default, moves, guarded, now + share)
+    engine_best, engine_ms = descend([default, *(t.engine for t in tuning.timed[-1:])], moves, guarded, now + share)
     found = Timed(tokens, best, best_ms, engine_best, engine_ms, guarded(default))
     tuning.timed.append(found)
     return found
@@ -143,7 +154,7 @@ def _random_experts(s: Slice) -> tuple[ExpertWeights, ExpertWeights]:
     def one(rows: int, columns: int) -> ExpertWeights:
         is_fp8 = s.format.kind == "fp8"
         values = random_weights((s.experts, rows, columns), is_fp8)
-        scales = torch.full((s.experts, *s.format.scale_shape(rows, columns)), 1e-3, device="cuda") if is_fp8 else None
+        scales = torch.full((s.experts, *s.format.scale_shape(rows, columns)), 1e-3) if is_fp8 else None
         return ExpertWeights(values, scales, s.format)
 
     return one(2 * s.size, s.hidden), one(s.hidden, s.size)

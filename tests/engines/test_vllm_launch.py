@@ -274,7 +274,7 @@ def test_an_engine_whose_seams_changed_is_left_alone_with_a_warning(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
     changed = replace(seams.WEIGHTS, parameters=("self", "something_else"))
-    monkeypatch.setattr(seams, "ALL", (seams.SERVE, seams.ENGINE_CONFIG, changed))
+    monkeypatch.setattr(seams, "REQUIRED", (seams.SERVE, seams.ENGINE_CONFIG, changed))
     args = engine_args(tiny_model(tiny_models, DIVIDES), tensor_parallel_size=2, enable_expert_parallel=True)
     config = args.create_engine_config()
     assert config.parallel_config.enable_expert_parallel

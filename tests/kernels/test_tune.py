@@ -30,7 +30,7 @@ from ep2tp.kernels.configs import KernelConfig
 from ep2tp.kernels.operands import ExpertWeights, WeightFormat
 from ep2tp.kernels.search import descend, engine_moves, kernel_moves, runs_or_inf
 from ep2tp.kernels.slices import Slice, slice_of
-from ep2tp.kernels.tune import Timed, Tuning
+from ep2tp.kernels.tune import Timed, Tuning, tune
 from ep2tp.model.families import load_families
 from ep2tp.model.locate import facts_of
 
@@ -73,18 +73,19 @@ def test_descent_ends_at_a_local_minimum_and_measures_nothing_twice(heights: lis
         measured.append(at)
         return heights[at]
 
-    best, least = descend(start, lambda at: [n for n in (at - 1, at + 1) if 0 <= n < len(heights)], measure, inf)
+    best, least = descend([start], lambda at: [n for n in (at - 1, at + 1) if 0 <= n < len(heights)], measure, inf)
     assert least == heights[best] <= heights[start]
     assert all(heights[n] >= least for n in (best - 1, best + 1) if 0 <= n < len(heights))
     assert len(measured) == len(set(measured))
 
 
 def test_descent_keeps_to_its_time_and_passes_over_what_does_not_run() -> None:
-    assert descend(1, lambda _: count(2), lambda config: 1 / config, time.monotonic() - 1) == (1, 1)
+    assert descend([1, 3], lambda _: count(2), lambda config: 1 / config, time.monotonic() - 1) == (1, 1)
+    assert descend([3, 1, 2], lambda _: [], lambda config: config, inf) == (1, 1)
     measure = runs_or_inf(lambda config: 1 // config, (ZeroDivisionError,))
-    assert descend(0, lambda _: [1], measure, inf) == (1, 1)
+    assert descend([0], lambda _: [1], measure, inf) == (1, 1)
     with pytest.raises(ZeroDivisionError):
-        descend(0, lambda _: [], runs_or_inf(lambda config: 1 // config, (ValueError,)), inf)
+        descend([0], lambda _: [], runs_or_inf(lambda config: 1 // config, (ValueError,)), inf)
 
 
 def test_moves_change_one_choice_of_the_kernel() -> None:
@@ -248,6 +249,47 @@ def write_engine_file(engine: ModuleType, folder: Path) -> Path:
 
 def meta_down() -> ExpertWeights:
     return ExpertWeights(torch.empty(16, 1024, 256, device="meta"), None, BLOCKS)
+
+
+def test_tuning_keeps_what_is_fastest_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real kernel in Triton's interpreter; only the clock is not real."""
+    from ep2tp.kernels import fused_moe, timing
+
+    real, wrong = fused_moe.fused_moe, set()
+    ran: list[Any] = []
+
+    def broken(*args: Any, config: KernelConfig) -> Any:
+        ran.append(config)
+        right = real(*args, config=config)
+        if config.down.warps == 2:
+            wrong.add(config)
+            return right * 1.1
+        return right
+
+    def clock(call: Any, routing: Any) -> float:
+        call()
+        config = ran.pop()
+        return config["num_warps"] if isinstance(config, dict) else config.gate_up.warps + config.down.warps
+
+    engine = SimpleNamespace(
+        run=lambda *operands: ran.append(operands[-1]),
+        default_config=lambda *_: ENGINE_CONFIG | {"BLOCK_SIZE_K": 32, "num_warps": 8},
+    )
+    monkeypatch.setattr(fused_moe, "fused_moe", broken)
+    monkeypatch.setattr(timing, "milliseconds", clock)
+    start = configs.default(BLOCKS, 1, (8, 9))
+    moves = [c for c in kernel_moves(start) if c.gate_up.warps == 2 or c.down.warps in (2, 8)]
+    monkeypatch.setattr("ep2tp.kernels.tune.kernel_moves", lambda config: moves)
+    tuning, told = Tuning(Slice(4, 64, 32, 2, WeightFormat("fp8", (32, 32))), DEVICE), []
+    tune(tuning, engine, 600, told.append, (8, 9), tokens=(1, 3))  # type: ignore[arg-type]
+    assert tuning.timed == told
+    assert [one.tokens for one in told] == [1, 3]
+    for one in told:
+        assert (one.ours.gate_up.warps, one.ours.down.warps) == (2, 4)
+        assert (one.ours_ms, one.engine_ms, one.default_ms) == (6, 4, 8)
+        assert not one.wins
+    assert wrong
+    assert tuning.table() == {(4, 64, 32, 2): []}
 
 
 def test_without_a_gpu_the_command_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
