@@ -1,7 +1,7 @@
 """The kernel in Triton's interpreter against float64.
 
 Tensor-core tiles are given FP16: the interpreter of Triton 3.6 to 3.9 multiplies the bits of BF16 in ``tl.dot``. BF16
-is checked on a GPU (tests/gpu/test_kernel.py). CUDA-core tiles are given both; the interpreter cuts BF16 off, not rounds.
+is checked on a GPU (tests/gpu/test_kernel.py). CUDA-core tiles are given both (the interpreter cuts BF16 off).
 """
 
 from __future__ import annotations
