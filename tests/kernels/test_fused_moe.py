@@ -177,3 +177,28 @@ def test_refined_scales_give_the_same_bits() -> None:
 
     refined = replace(made, gate_up=refine(made.gate_up), down=refine(made.down))
     assert torch.equal(run(made, BY_PAIR), run(refined, BY_PAIR))
+
+
+@pytest.mark.parametrize("config", [None, BY_EXPERT])
+def test_torch_compile_sees_one_operator(config: KernelConfig | None) -> None:
+    made = layer(FORMATS["nvfp4"], tokens=2, bias=True, dtype=torch.float16)
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return fused_moe(x, made.gate_up, made.down, made.topk_weights, made.topk_ids, config=config)
+
+    assert torch.equal(model(made.x), fused_moe(*made.operands, config=config))
+    assert seen == ["ep2tp.fused_moe.default"]
+
+
+def test_operator_is_registered_as_torch_asks() -> None:
+    made = layer(FORMATS["mxfp4"], tokens=2, dtype=torch.float16)
+    gate_up, down = ([each.values, each.scales, None, None] for each in (made.gate_up, made.down))
+    formats = ("mxfp4 mxfp4", [1, 32, 1, 32])
+    arguments = (made.x, gate_up, down, made.topk_weights, made.topk_ids, *formats, "silu", False, [])
+    torch.library.opcheck(torch.ops.ep2tp.fused_moe.default, arguments)
