@@ -8,6 +8,7 @@ from torch import Tensor
 from ep2tp.kernels.configs import KernelConfig, default
 from ep2tp.kernels.launch import Layer, run_down, run_gate_up
 from ep2tp.kernels.operands import Activation, ExpertWeights, check_operands
+from ep2tp.kernels.operator import traced_fused_moe
 
 MAX_PAIRS = 1024
 """A program compares the ids of all pairs of a launch, so that more tokens are taken in several launches."""
@@ -47,6 +48,10 @@ def fused_moe(
     Raises:
         OperandError: the message names the operand, what it is and what it should be.
     """
+    if torch.compiler.is_compiling():
+        operands = (x, gate_up, down, topk_weights, topk_ids)
+        result = traced_fused_moe(*operands, activation, apply_router_weight_on_input, config)
+        return result if out is None else out.copy_(result)
     check_operands(x, gate_up, down, topk_weights, topk_ids, out)
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     tokens, top_k = topk_ids.shape

@@ -19,6 +19,6 @@ def combine(
     sums = tl.zeros([COLUMNS], tl.float32)
     for slot in tl.static_range(TOP_K):
         expert = tl.load(topk_ids + token * TOP_K + slot)
-        known = (expert >= 0) & (expert < EXPERTS) & (columns < K)
-        sums += tl.load(parts + (token * TOP_K + slot) * K + columns, mask=known, other=0.0)
+        written = tl.where((expert >= 0) & (expert < EXPERTS), K, 0)
+        sums += tl.load(parts + (token * TOP_K + slot) * K + columns, mask=columns < written, other=0.0)
     tl.store(out + token * K + columns, sums.to(out.dtype.element_ty), mask=columns < K)

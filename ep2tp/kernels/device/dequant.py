@@ -10,8 +10,8 @@ import triton.language as tl
 def fp8_value(stored, BITS: tl.constexpr):
     """E4M3 bytes. ``BITS``: by integer arithmetic, for GPUs that have no conversion (before SM89)."""
     if BITS:
-        # The sign to bit 31 and copies of it below it, which are cut off; the other bits to bits 20-26. Read as float32,
-        # that is the value times 2**-120, subnormals too: the exponent's bias is 127 there and 7 in E4M3.
+        # Sign to bit 31 and copies of it below, which are cut off; the other seven bits to 20-26. Read as float32, that
+        # is the value times 2**-120, subnormals too: the exponent's bias is 127 there and 7 in E4M3.
         bits = ((stored.to(tl.int32) << 24) >> 4) & -2014314496  # 0x87F00000
         value = bits.to(tl.float32, bitcast=True) * 1329227995784915872903807060280344576.0  # 2**120
         value = tl.where((stored & 127) == 127, float("nan"), value)

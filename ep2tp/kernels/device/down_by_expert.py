@@ -1,6 +1,6 @@
 """Second pass where tokens share experts: a program multiplies one tile of one expert with all of its pairs.
 
-Each pair's weighted part is written in float32; :mod:`ep2tp.kernels.device.combine` sums them, always in the same order.
+Each pair's weighted part is written in float32; ``combine`` sums them, always in the same order.
 """
 
 from __future__ import annotations

@@ -89,6 +89,6 @@ def down_by_token(
         for slot in tl.static_range(TOP_K):
             expert = tl.load(topk_ids + token * TOP_K + slot).to(tl.int64)
             weight = 1.0 if WEIGHT_INPUT else tl.load(topk_weights + token * TOP_K + slot)
-            known = live & (expert >= 0) & (expert < EXPERTS)
-            result += weight * tl.load(bias + expert * K + outputs, mask=known, other=0.0).to(tl.float32)
+            known = tl.where((expert >= 0) & (expert < EXPERTS), K, 0)
+            result += weight * tl.load(bias + expert * K + outputs, mask=outputs < known, other=0.0).to(tl.float32)
     tl.store(out + token.to(tl.int64) * K + outputs, result.to(out.dtype.element_ty), mask=live)

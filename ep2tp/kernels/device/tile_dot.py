@@ -64,9 +64,8 @@ def multiply_tile(
             # Several blocks in a tile: one product each, of inputs that are zero outside the block. Tensor cores idle.
             block = tl.arange(0, COLUMNS)[:, None] // BLOCK_COLUMNS
             for index in tl.static_range(COLUMNS // BLOCK_COLUMNS):
-                column = start + index * BLOCK_COLUMNS
-                scale_live = live & (column < LENGTH)
-                scale = load_scales(scales + scale_starts + column // BLOCK_COLUMNS, scale_live, factor, KIND, BITS)
+                column = tl.minimum(start + index * BLOCK_COLUMNS, LENGTH - 1)  # past the end, weights are zeros
+                scale = load_scales(scales + scale_starts + column // BLOCK_COLUMNS, live, factor, KIND, BITS)
                 part = tl.dot(weights, tl.where(block == index, even, 0.0).to(even.dtype))
                 sums += part * scale[:, None]
     return sums
