@@ -24,7 +24,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from ep_vs_tp import _FP8, _V3, _end_group, _machine, _numbers
+from ep_vs_tp import _end_group, _machine, _numbers
+from ep_vs_tp_models import MODELS
 
 from ep2tp.demo.engines import CPU_ENVIRONMENT
 
@@ -36,9 +37,8 @@ KERNELS = ("engine", "ep2tp")
 def config(layers: int) -> dict[str, Any]:
     """config.json of one rank's part of DeepSeek-V3."""
     sliced = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size", "vocab_size")
-    part = {name: _V3[name] // RANKS for name in sliced}
-    more = {"num_hidden_layers": layers, "n_routed_experts": 256, "quantization_config": _FP8}
-    return {**_V3, **part, **more}
+    whole = MODELS["v3-fp8"]
+    return {**whole, **{name: whole[name] // RANKS for name in sliced}, "num_hidden_layers": layers}
 
 
 class Engine:
