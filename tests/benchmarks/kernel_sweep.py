@@ -233,6 +233,7 @@ def write_tables(path: Path) -> None:
             for name, configs in shapes.items()
         ]
         measured = {key: found[key] for key in ("device", "torch", "triton", "copy_bytes_per_s")}
+        FOLDER.mkdir(exist_ok=True)
         target = FOLDER / file_name(found["device"], stored)
         target.write_text(json.dumps({"measured": measured, "shapes": entries}, indent=1) + "\n")
         print(target)
