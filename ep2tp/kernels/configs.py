@@ -62,7 +62,7 @@ def default(weight_format: WeightFormat, tokens: int, capability: tuple[int, int
     """A sound choice for shapes that no table has."""
     few = tokens <= 4
     return KernelConfig(
-        gate_up=PassConfig(16, 512, 8, 4) if few else PassConfig(32, 128, 4, 4),
+        gate_up=PassConfig(8, 512, 8, 6) if few else PassConfig(32, 128, 4, 4),
         down=PassConfig(16, 1024, 4, 1) if few else PassConfig(128, 128, 4, 3),
         by_pair=few,
         by_token=few,

@@ -11,7 +11,7 @@ from ep2tp.kernels.configs import KernelConfig, PassConfig
 from ep2tp.kernels.operands import Activation, ExpertWeights, WeightFormat
 
 
-@torch.library.custom_op("ep2tp::fused_moe", mutates_args=())
+@torch.library.custom_op("ep2tp::fused_moe", mutates_args=())  # type: ignore[untyped-decorator]
 def _fused_moe(
     x: Tensor,
     gate_up: Sequence[Tensor | None],
@@ -39,7 +39,7 @@ def _fused_moe(
     )
 
 
-@_fused_moe.register_fake
+@_fused_moe.register_fake  # type: ignore[untyped-decorator]
 def _(x: Tensor, *_rest: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 from ep2tp.kernels.configs import KernelConfig, PassConfig
+from ep2tp.kernels.launch import unit_of
 from tests.benchmarks.kernel_timing import Shape
 
 BY_PAIR_UP_TO = 8
@@ -16,12 +17,19 @@ def _bytes(shape: Shape, rows: int, columns: int) -> float:
 
 
 def gate_up_by_pair(shape: Shape) -> list[PassConfig]:
-    """A stage has gate and up rows; the pipeline holds 16 to 160 KB."""
+    """A stage has gate and up rows. One stage goes straight to registers, more go by way of shared memory.
+
+    There a thread has one unit of each: where it has several, Triton's layout of shared memory, which follows the order
+    of a thread's registers, gives bank conflicts. And it has two inputs at least, or they are not loaded ahead.
+    """
+    unit = unit_of(shape.format, shape.hidden)
     found = []
-    for rows, columns, warps, stages in product((4, 8, 16, 32), (256, 512, 1024, 2048), (2, 4, 8), (2, 3, 4, 6)):
+    for rows, columns, warps, stages in product((2, 4, 8, 16), (512, 1024, 2048), (2, 4, 8, 16), (1, 3, 4, 6, 8)):
         stage = _bytes(shape, 2 * rows, columns)
-        a_thread = stage / (32 * warps)
-        if 32 <= a_thread <= 128 and 16_000 <= stage * (stages - 1) <= 110_000 and columns <= shape.hidden:
+        if columns > shape.hidden or not 8_000 <= stage * max(1, stages - 1) <= 64_000:
+            continue
+        one_unit = rows * columns == 32 * warps * unit and columns >= 64 * warps
+        if one_unit if stages > 1 else 32 <= stage / (32 * warps) <= 128:
             found.append(PassConfig(rows, columns, warps, stages))
     return found
 

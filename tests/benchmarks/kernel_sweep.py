@@ -31,12 +31,13 @@ ORDER = (
 ERROR_LIMIT = 6e-3  # BF16 results; a wrong tile is off by far more
 
 
-def compile_candidate(shape_name: str, tokens: int, config: Any, which: str) -> str | None:
+def compile_candidate(shape_name: str, tokens: int, config: Any, which: str, capability: int) -> str | None:
     """In a process of its own: fill Triton's cache with one pass's kernels; the error if it cannot be compiled."""
     from tests.benchmarks.kernel_timing import SHAPES
-    from tests.kernels.offline import launches
+    from tests.kernels.offline import launches, pretend
 
     shape = SHAPES[shape_name]
+    pretend(capability)  # the same cache entries as on the GPU, without a context on it
     try:
         for launch in launches(config, shape.format, shape.key, tokens):
             if launch.name.startswith(which) or (which == "down" and launch.name == "combine"):
@@ -49,8 +50,9 @@ def compile_candidate(shape_name: str, tokens: int, config: Any, which: str) -> 
 class Sweep:
     """Times candidates until a deadline, and keeps every result."""
 
-    def __init__(self, out: Path, seconds: float) -> None:
+    def __init__(self, out: Path, seconds: float, capability: int) -> None:
         self.out, self.deadline = out, time.monotonic() + seconds
+        self.capability = capability
         self.results: list[dict[str, Any]] = []
         self.header: dict[str, Any] = {}
         self.pool = ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
@@ -65,7 +67,7 @@ class Sweep:
         """Start to compile, once."""
         key = (shape.name, tokens, config, which)
         if key not in self.jobs:
-            self.jobs[key] = self.pool.submit(compile_candidate, shape.name, tokens, config, which)
+            self.jobs[key] = self.pool.submit(compile_candidate, *(shape.name, tokens, config, which), self.capability)
         return self.jobs[key]
 
     def keep(self, shape: Any, tokens: int, which: str, config: Any, **figures: Any) -> None:
@@ -231,6 +233,7 @@ def write_tables(path: Path) -> None:
             for name, configs in shapes.items()
         ]
         measured = {key: found[key] for key in ("device", "torch", "triton", "copy_bytes_per_s")}
+        FOLDER.mkdir(exist_ok=True)
         target = FOLDER / file_name(found["device"], stored)
         target.write_text(json.dumps({"measured": measured, "shapes": entries}, indent=1) + "\n")
         print(target)
@@ -254,7 +257,8 @@ def main() -> None:
     from tests.benchmarks.kernel_candidates import first_passes, second_passes
     from tests.benchmarks.kernel_timing import SHAPES, copy_bandwidth, dense_flops, make_layer
 
-    sweep = Sweep(chosen.out, chosen.seconds)
+    major, minor = torch.cuda.get_device_capability()
+    sweep = Sweep(chosen.out, chosen.seconds, 10 * major + minor)
     points = [
         (SHAPES[name], tokens)
         for name, counts in ORDER

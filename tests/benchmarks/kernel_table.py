@@ -1,9 +1,9 @@
 """ep2tp's kernel beside stock vLLM's Triton experts, and two ceilings, all measured in one run.
 
 ``kernel_table.py --out FOLDER [--sweep sweep.json] [--shapes A,B] [--seconds 200]`` needs a GPU; without vLLM its
-columns stay empty. Tiles come from ep2tp's tables, or from a sweep. For each shape and number of tokens both results are first
-compared with float64 on fresh inputs, then timed under CUDA graphs with cold caches. ``--plot table.json`` draws the
-roofline from the results, on any machine (needs matplotlib).
+columns stay empty. Tiles come from ep2tp's tables, or from a sweep. For each shape and number of tokens both results
+are first compared with float64 on fresh inputs, then timed under CUDA graphs with cold caches. ``--plot table.json``
+draws the roofline from the results, on any machine (needs matplotlib).
 """
 
 from __future__ import annotations

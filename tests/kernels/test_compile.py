@@ -63,7 +63,7 @@ def test_weights_are_loaded_before_the_wait() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_first_pass_loads_weights_asynchronously_and_wide(tokens: int) -> None:
-    config = KernelConfig(PassConfig(16, 512, 8, 4), PassConfig(16, 1024, 4, 1), by_pair=True, by_token=True)
+    config = KernelConfig(PassConfig(8, 512, 8, 6), PassConfig(16, 1024, 4, 1), by_pair=True, by_token=True)
     config = config if tokens == 1 else replace(config, gate_up=PassConfig(32, 128, 2, 4), by_pair=False, pairs=8)
     pretend(90)
     first = launches(config, FORMATS["fp8-128"], (256, 7168, 256, 8), tokens)[0].compile()
@@ -76,3 +76,14 @@ def test_first_pass_loads_weights_asynchronously_and_wide(tokens: int) -> None:
 def test_integer_arithmetic_needs_no_fp8_instructions(tokens: int) -> None:
     for kernel in compiled(80, "fp8-16", tokens):
         assert "e4m3" not in kernel.asm["ptx"]
+
+
+def test_a_warp_reads_runs_of_a_row() -> None:
+    """Neighbouring threads have neighbouring units, in registers and, where a thread has one, in shared memory too."""
+    pretend(90)
+    config = KernelConfig(PassConfig(8, 512, 8, 6), PassConfig(16, 1024, 4, 1), by_pair=True, by_token=True)
+    first, second = launches(config, FORMATS["fp8-128"], (256, 7168, 256, 8), 1)
+    code = first.compile().asm["ttgir"]
+    assert "sizePerThread = [1, 1, 16], threadsPerWarp = [1, 32, 1]" in code
+    assert "maxPhase = 1, order = [2, 1, 0]" in code
+    assert "sizePerThread = [1, 1, 16], threadsPerWarp = [1, 32, 1]" in second.compile().asm["ttgir"]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ep2tp.kernels.device.scales import load_scales, scale_rows
-from ep2tp.kernels.device.unit_products import load_inputs, unit_sums
+from ep2tp.kernels.device.unit_products import load_inputs, load_units, unit_sums
 
 
 @triton.jit
@@ -32,9 +32,7 @@ def _load_tile(
     columns = expert * (K * stored_columns) + unit * (UNIT // PACK)
     rows = outputs[:, None, None] * stored_columns + tl.arange(0, UNIT // PACK)[None, None, :]
     mask = (outputs < K)[:, None] & real[None, :]
-    stored = tl.load(
-        values + columns[None, :, None] + rows, mask=mask[:, :, None], other=0, eviction_policy="evict_first"
-    )
+    stored = load_units(values + columns[None, :, None], rows, mask, UNIT // PACK)
 
     factor = tl.full([1, UNITS], 1.0, tl.float32)
     if not WEIGHT_INPUT:

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ep2tp.kernels.device.activate import activate
 from ep2tp.kernels.device.scales import expert_factor, load_scales, scale_rows
-from ep2tp.kernels.device.unit_products import load_inputs, unit_sums
+from ep2tp.kernels.device.unit_products import load_inputs, load_units, unit_sums
 
 
 @triton.jit
@@ -53,8 +53,8 @@ def gate_up_by_pair(
         inside = units < K // UNIT
         mask = live[:, None] & inside[None, :]
         offset = units[None, :, None] * (UNIT // PACK)
-        gate_stored = tl.load(gate_pointers + offset, mask=mask[:, :, None], other=0, eviction_policy="evict_first")
-        up_stored = tl.load(up_pointers + offset, mask=mask[:, :, None], other=0, eviction_policy="evict_first")
+        gate_stored = load_units(gate_pointers, offset, mask, UNIT // PACK)
+        up_stored = load_units(up_pointers, offset, mask, UNIT // PACK)
         even, odd = load_inputs(token_inputs, units, inside, UNIT, PACK)
         gate_part = unit_sums(gate_stored, even, odd, KIND, PACK, BITS)
         up_part = unit_sums(up_stored, even, odd, KIND, PACK, BITS)

@@ -12,6 +12,17 @@ from ep2tp.kernels.device.dequant import byte_values, nibble_values
 
 
 @triton.jit
+def load_units(rows, columns, mask, STORED: tl.constexpr):
+    """Weights ``[rows, units, stored]``, for each use once.
+
+    Triton gives neighbouring threads neighbouring elements of the axis whose addresses run on the longest, and of two
+    axes alike the first. The hint puts units before rows, so that a warp reads a run of a row; nothing else reads it.
+    """
+    pointers = tl.max_contiguous(rows + columns, [1, 2, STORED])
+    return tl.load(pointers, mask=mask[:, :, None], other=0, eviction_policy="evict_first")
+
+
+@triton.jit
 def load_inputs(pointers, units, mask, UNIT: tl.constexpr, PACK: tl.constexpr):
     """Inputs of each unit as float32 ``[units, stored]``: of the even and the odd columns (the same where unpacked)."""
     if PACK == 2:
