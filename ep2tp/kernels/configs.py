@@ -25,12 +25,15 @@ class PassConfig:
         columns: of the weight matrix in a tile, in values.
         warps: of 32 threads a program.
         stages: of the loads' software pipeline.
+        tiles: that a program takes in turn, in the second pass by expert: what finding the expert's pairs costs is then
+            shared by as many.
     """
 
     rows: int
     columns: int
     warps: int
     stages: int
+    tiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def default(weight_format: WeightFormat, tokens: int, capability: tuple[int, int
     few = tokens <= 4
     return KernelConfig(
         gate_up=PassConfig(8, 512, 8, 6) if few else PassConfig(32, 128, 4, 4),
-        down=PassConfig(16, 1024, 4, 1) if few else PassConfig(128, 128, 4, 3),
+        down=PassConfig(16, 1024, 4, 1) if few else PassConfig(128, 128, 4, 3, tiles=4),
         by_pair=few,
         by_token=few,
         overlap=capability >= (9, 0),

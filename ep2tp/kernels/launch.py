@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, gcd, log2
+from math import gcd
 from typing import Any
 
 import torch
@@ -87,8 +87,8 @@ def run_down(
     parts = torch.empty((pairs, hidden), dtype=torch.float32, device=out.device)
     columns = _dot_columns(tile, weights.format, layer.inner)
     by_expert = _by_expert(layer, config, pairs)
-    down_by_expert[(min(pairs, layer.experts), tiles)](
-        *operands, parts, pairs, **shared, **by_expert, COLUMNS=columns, STAGES=tile.stages
+    down_by_expert[(min(pairs, layer.experts), triton.cdiv(tiles, tile.tiles))](
+        *operands, parts, pairs, **shared, **by_expert, COLUMNS=columns, STAGES=tile.stages, TILES=tile.tiles
     )
     combine[(tokens, triton.cdiv(hidden, _COMBINE_COLUMNS))](
         parts, topk_ids, out, EXPERTS=layer.experts, K=hidden, TOP_K=top_k, COLUMNS=_COMBINE_COLUMNS,
@@ -117,7 +117,7 @@ def _dot_columns(tile: PassConfig, weight_format: WeightFormat, columns: int) ->
 def _by_expert(layer: Layer, config: KernelConfig, pairs: int) -> dict[str, Any]:
     return {
         "PAIRS": config.pairs,
-        "ALL_PAIRS": 4 ** max(2, ceil(log2(pairs) / 2)),  # powers of 4: few variants to compile
+        "ALL_PAIRS": max(16, triton.next_power_of_2(pairs)),
         "FIND": pairs <= layer.experts,
     }
 

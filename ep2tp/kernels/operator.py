@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
@@ -79,13 +80,13 @@ def _encoded(config: KernelConfig | None) -> list[int]:
     """The config's numbers, in the order of its fields; none for the default."""
     if config is None:
         return []
-    tiles = [n for tile in (config.gate_up, config.down) for n in (tile.rows, tile.columns, tile.warps, tile.stages)]
+    tiles = [n for tile in (config.gate_up, config.down) for n in astuple(tile)]
     return [*tiles, config.by_pair, config.by_token, config.pairs, config.overlap, config.fp8_bits]
 
 
 def _decoded(numbers: Sequence[int]) -> KernelConfig | None:
     if not numbers:
         return None
-    by_pair, by_token, pairs, overlap, fp8_bits = numbers[8:]
-    tiles = PassConfig(*numbers[:4]), PassConfig(*numbers[4:8])
+    by_pair, by_token, pairs, overlap, fp8_bits = numbers[10:]
+    tiles = PassConfig(*numbers[:5]), PassConfig(*numbers[5:10])
     return KernelConfig(*tiles, bool(by_pair), bool(by_token), pairs, bool(overlap), bool(fp8_bits))

@@ -13,7 +13,12 @@ from ep2tp.kernels.configs import KernelConfig, PassConfig
 Config = TypeVar("Config")
 EngineConfig = Mapping[str, int]
 
-_PASS = {"rows": (16, 32, 64, 128), "columns": (64, 128, 256, 512, 1024), "warps": (2, 4, 8), "stages": (1, 2, 3, 4, 5)}
+_PASS = {
+    "rows": (2, 4, 8, 16, 32, 64, 128),
+    "columns": (64, 128, 256, 512, 1024, 2048, 4096),
+    "warps": (1, 2, 4, 8),
+    "stages": (1, 2, 3, 4, 6),
+}
 _ENGINE = {
     "BLOCK_SIZE_M": (16, 32, 64, 128),
     "BLOCK_SIZE_N": (32, 64, 128, 256),
@@ -69,7 +74,9 @@ def kernel_moves(config: KernelConfig) -> Iterator[KernelConfig]:
         yield replace(config, gate_up=tiles)
     for tiles in _pass_moves(config.down):
         yield replace(config, down=tiles)
-    for pairs in _others((16, 32, 64), config.pairs):
+    for count in _others((1, 2, 4, 8), config.down.tiles):
+        yield replace(config, down=replace(config.down, tiles=count))
+    for pairs in _others((8, 16, 32, 64), config.pairs):
         yield replace(config, pairs=pairs)
 
 

@@ -8,8 +8,10 @@ from ep2tp.kernels.configs import KernelConfig, PassConfig
 from ep2tp.kernels.launch import unit_of
 from tests.benchmarks.kernel_timing import Shape
 
-BY_PAIR_UP_TO = 8
+BY_PAIR_UP_TO = 32
+BY_TOKEN_UP_TO = 64
 BY_EXPERT_FROM = 4
+SEARCHED_WIDELY = 8  # tokens; above, only tiles of the kinds that won there
 
 
 def _bytes(shape: Shape, rows: int, columns: int) -> float:
@@ -44,32 +46,31 @@ def down_by_token(shape: Shape) -> list[PassConfig]:
     return found
 
 
-def by_expert(shape: Shape, matrices: int, depth: int) -> list[PassConfig]:
-    """A warp for 16 rows; ``depth`` columns in all."""
+def by_expert(shape: Shape, matrices: int, depth: int, tiles: int = 1) -> list[PassConfig]:
+    """A warp for 16 rows or 32; ``depth`` columns in all, ``tiles`` in turn."""
     found = []
     for (rows, warps), columns, stages in product(
         ((16, 1), (32, 2), (64, 4), (128, 8), (128, 4), (64, 8)), (64, 128, 256), (1, 2, 3, 4, 6)
     ):
         stage = _bytes(shape, matrices * rows, columns)
-        trips = -(-depth // columns)
+        trips = -(-depth // columns) * tiles
         single = stages == 1
         if stage / (32 * warps) > 256 or stage < 2_000 or (single != (trips == 1)) or stages > trips + 1:
             continue
         if single or 8_000 <= stage * (stages - 1) <= 110_000:
-            found.append(PassConfig(rows, columns, warps, stages))
+            found.append(PassConfig(rows, columns, warps, stages, tiles))
     return found
 
 
 def first_passes(shape: Shape, tokens: int) -> list[KernelConfig]:
     """Candidates of the first pass, beside a sound second one."""
     few = PassConfig(16, 1024, 4, 1)
-    found = (
-        [KernelConfig(p, few, True, True, overlap=True) for p in gate_up_by_pair(shape)]
-        if tokens <= BY_PAIR_UP_TO
-        else []
-    )
+    found = []
+    if tokens <= BY_PAIR_UP_TO:
+        tiles = [p for p in gate_up_by_pair(shape) if tokens <= SEARCHED_WIDELY or p.stages == 1]
+        found = [KernelConfig(p, few, True, True, overlap=True) for p in tiles]
     if tokens >= BY_EXPERT_FROM:
-        tiles = by_expert(shape, 2, shape.hidden)
+        tiles = [p for p in by_expert(shape, 2, shape.hidden) if tokens <= SEARCHED_WIDELY or p.columns > 64]
         found += [KernelConfig(tile, few, False, True, pairs=8, overlap=True) for tile in tiles]
     return found
 
@@ -77,12 +78,12 @@ def first_passes(shape: Shape, tokens: int) -> list[KernelConfig]:
 def second_passes(shape: Shape, tokens: int) -> list[KernelConfig]:
     """Candidates of the second pass, beside a sound first one."""
     few = PassConfig(16, 512, 8, 3)
-    found = (
-        [KernelConfig(few, p, True, True, overlap=True) for p in down_by_token(shape)]
-        if tokens <= 2 * BY_PAIR_UP_TO
-        else []
-    )
+    found = []
+    if tokens <= BY_TOKEN_UP_TO:
+        tiles = [p for p in down_by_token(shape) if tokens <= SEARCHED_WIDELY or (p.columns > 1024 and p.rows < 32)]
+        found = [KernelConfig(few, p, True, True, overlap=True) for p in tiles]
     if tokens >= BY_EXPERT_FROM:
-        tiles = by_expert(shape, 1, shape.inner)
+        tiles = [p for count in (1, 4, 8) for p in by_expert(shape, 1, shape.inner, count) if p.rows > 16]
+        tiles = [p for p in tiles if p.columns > 64]
         found += [KernelConfig(few, tile, True, False, pairs=8, overlap=True) for tile in tiles]
     return found

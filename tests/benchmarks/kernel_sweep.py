@@ -3,7 +3,8 @@
 For each shape and number of tokens, in order of importance, until the time is up: each pass's candidates are compiled
 by as many processes as there are cores, checked against float64 (fresh inputs, poisoned output) and timed alone, then
 the best of both passes together (for one token also without overlap). Writes sweep.json and ends with a table.
-``kernel_sweep.py --tables sweep.json`` turns results into ep2tp/kernels/configs/*.json, on any machine.
+``kernel_sweep.py --tables sweep.json... [--against table.json]`` turns results into ep2tp/kernels/configs/*.json, on any
+machine.
 """
 
 from __future__ import annotations
@@ -15,18 +16,20 @@ import os
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 ORDER = (
-    ("dsv3-tp8", (1, 4, 16)), ("qwen3-235b-tp8-padded", (1, 4, 16)), ("dsv3-tp8", (2, 8, 64, 32)),
-    ("dsv3-tp4", (1, 4)), ("qwen3-235b-tp8", (1, 4, 16)), ("glm-4.5-air-tp4", (1, 8)), ("glm-4.5-tp8-bf16", (1, 4, 16)),
-    ("kimi-k2-tp8", (1, 2, 4, 16)), ("glm-4.5-air-tp4-padded", (1, 4, 16)), ("glm-4.5-air-tp8-bf16", (1, 4, 16)),
-    ("dsv3-tp4", (2, 8, 16, 32, 64)), ("qwen3-235b-tp8-padded", (2, 8, 32, 64)), ("minimax-320", (1, 8)),
-    ("glm-4.5-air-tp8", (1, 8)), ("dsv3-tp8-int4", (1, 8)), ("dsv3-tp8-nvfp4", (1, 8)), ("gpt-oss-120b-tp4", (1, 8)),
-    ("dsv3-tp2", (1, 4, 16)),
+    ("dsv3-tp8", (1, 4, 16, 64)), ("qwen3-235b-tp8-padded", (1, 4, 16, 64)), ("kimi-k2-tp8", (1, 4, 16, 64)),
+    ("dsv3-tp8", (2, 8, 32)), ("qwen3-235b-tp8-padded", (2, 8, 32)), ("glm-4.5-air-tp4-padded", (1, 4, 16, 64)),
+    ("dsv3-tp4", (1, 4, 16, 64)), ("kimi-k2-tp8", (2, 8, 32)), ("glm-4.5-air-tp4-padded", (2, 8, 32)),
+    ("qwen3-235b-tp8", (1, 4, 16, 64)), ("glm-4.5-air-tp4", (1, 4, 16, 64)), ("minimax-320", (1, 4, 16, 64)),
+    ("glm-4.5-tp8-bf16", (1, 2, 4, 8, 16, 32, 64)), ("glm-4.5-air-tp8-bf16", (1, 2, 4, 8, 16, 32, 64)),
+    ("dsv3-tp4", (2, 8, 32)), ("dsv3-tp8-int4", (1, 8)), ("dsv3-tp8-nvfp4", (1, 8)), ("gpt-oss-120b-tp4", (1, 8)),
+    ("glm-4.5-air-tp8", (1, 8)), ("dsv3-tp2", (1, 2, 4, 8, 16, 32, 64)),
 )  # fmt: skip
 ERROR_LIMIT = 6e-3  # BF16 results; a wrong tile is off by far more
 
@@ -216,27 +219,44 @@ def _short(config: dict[str, Any]) -> str:
     return f"{first}, {second}{', overlap' if config['overlap'] else ''}"
 
 
-def write_tables(path: Path) -> None:
-    """Turn a sweep's results into the tables that :func:`ep2tp.kernels.configs.choose` reads."""
+def write_tables(sweeps: Sequence[Path], table: Path | None = None) -> None:
+    """Turn sweeps' results into the tables that :func:`ep2tp.kernels.configs.choose` reads.
+
+    Args:
+        sweeps: results of one device; of a point in several, the fastest.
+        table: what kernel_table.py measured with these tables: a shape's configs end where vLLM was faster.
+    """
     from ep2tp.kernels.configs import FOLDER, file_name
     from tests.benchmarks.kernel_timing import SHAPES
 
-    found = json.loads(path.read_text())
+    *earlier, found = [json.loads(path.read_text()) for path in sweeps]
+    results = [line for one in (*earlier, found) for line in one["results"]]
+    lost = _lost(json.loads(table.read_text())["lines"]) if table else {}
     tables: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for (name, tokens), line in sorted(fastest(found["results"]).items()):
-        share = round(line["floor_seconds"] / line["seconds"], 3)
-        entry = {"max_tokens": tokens, "share_of_copy_bandwidth": share, "config": line["config"]}
-        tables[str(SHAPES[name].format)][name].append(entry)
+    for (name, tokens), line in sorted(fastest(results).items()):
+        if tokens < lost.get(name, tokens + 1):
+            entry = {"max_tokens": tokens, "microseconds": round(line["seconds"] * 1e6, 1), "config": line["config"]}
+            tables[str(SHAPES[name].format)][name].append(entry)
     for stored, shapes in tables.items():
         entries = [
             dict(zip(("E", "K", "I", "top_k"), SHAPES[name].key, strict=True), name=name, configs=configs)
             for name, configs in shapes.items()
         ]
-        measured = {key: found[key] for key in ("device", "torch", "triton", "copy_bytes_per_s")}
+        measured = {key: found[key] for key in ("device", "torch", "triton")}
         FOLDER.mkdir(exist_ok=True)
         target = FOLDER / file_name(found["device"], stored)
         target.write_text(json.dumps({"measured": measured, "shapes": entries}, indent=1) + "\n")
         print(target)
+
+
+def _lost(lines: list[dict[str, Any]]) -> dict[str, int]:
+    """The least number of tokens at which vLLM was faster, by shape."""
+    lost: dict[str, int] = {}
+    for line in lines:
+        ours, stock = (line.get(name, {}).get("seconds", float("inf")) for name in ("ep2tp", "vllm"))
+        if stock < ours:
+            lost[line["shape"]] = min(line["tokens"], lost.get(line["shape"], line["tokens"]))
+    return lost
 
 
 def main() -> None:
@@ -246,10 +266,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--shapes", help="only these, comma-separated")
     parser.add_argument("--tokens", help="only these numbers of tokens, comma-separated")
-    parser.add_argument("--tables", type=Path, help="write the tables of this sweep.json, and stop")
+    parser.add_argument("--known", type=Path, help="an earlier sweep.json: its points are not timed again")
+    parser.add_argument("--against", type=Path, help="with --tables: what kernel_table.py measured")
+    parser.add_argument("--tables", type=Path, nargs="+", help="write the tables of these sweep.json, and stop")
     chosen = parser.parse_args()
     if chosen.tables:
-        write_tables(chosen.tables)
+        write_tables(chosen.tables, chosen.against)
         return
     import torch
     import triton
@@ -265,6 +287,7 @@ def main() -> None:
         for tokens in counts
         if (not chosen.shapes or name in chosen.shapes.split(","))
         and (not chosen.tokens or str(tokens) in chosen.tokens.split(","))
+        and (name, tokens) not in known
     ]
     for shape, tokens in points[:4]:  # the processes compile while ceilings are measured and layers are made
         for which, configs in (("gate_up", first_passes(shape, tokens)), ("down", second_passes(shape, tokens))):

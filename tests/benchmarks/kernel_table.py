@@ -1,7 +1,7 @@
 """ep2tp's kernel beside stock vLLM's Triton experts, and two ceilings, all measured in one run.
 
-``kernel_table.py --out FOLDER [--sweep sweep.json] [--shapes A,B] [--seconds 200]`` needs a GPU; without vLLM its
-columns stay empty. Tiles come from ep2tp's tables, or from a sweep. For each shape and number of tokens both results
+``kernel_table.py --out FOLDER [--shapes A,B] [--seconds 200]`` needs a GPU; without vLLM its columns stay empty. Tiles
+come from ep2tp's tables. For each shape and number of tokens both results
 are first compared with float64 on fresh inputs, then timed under CUDA graphs with cold caches. ``--plot table.json``
 draws the roofline from the results, on any machine (needs matplotlib).
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 4096)
-MOST_CHECKED = 512  # tokens; float64 is slow
+MOST_CHECKED = 64  # tokens; float64 is slow
 
 
 def stock_call(gate_up: Any, down: Any) -> Callable[..., Any] | None:
@@ -36,23 +36,13 @@ def stock_call(gate_up: Any, down: Any) -> Callable[..., Any] | None:
     elif gate_up.format.kind != "bf16":
         return None
 
+    engine = VllmConfig()
+
     def call(x: Any, topk_weights: Any, topk_ids: Any) -> Any:
-        with set_current_vllm_config(VllmConfig()):
+        with set_current_vllm_config(engine):
             return fused_experts(x, gate_up.values, down.values, topk_weights, topk_ids, quant_config=config)
 
     return call
-
-
-def configs_for(shape: Any, sweep: Path | None, device: str) -> Callable[[int], Any]:
-    """The config for a number of tokens, from ep2tp's tables or a sweep's results; None where neither has one."""
-    from ep2tp.kernels.configs import choose, from_json
-    from tests.benchmarks.kernel_sweep import fastest
-
-    if sweep is None:
-        return lambda tokens: choose(device, shape.key, shape.format, tokens)
-    found = fastest(json.loads(sweep.read_text())["results"])
-    lines = sorted((tokens, line["config"]) for (name, tokens), line in found.items() if name == shape.name)
-    return lambda tokens: next((from_json(config) for most, config in lines if tokens <= most), None)
 
 
 def measure(call: Callable[..., Any], batches: list[Any], reference: Any, checked: Any) -> dict[str, float | None]:
@@ -70,12 +60,13 @@ def measure_shape(
     shape: Any, chosen: argparse.Namespace, header: dict[str, Any], deadline: float
 ) -> list[dict[str, Any]]:
     """One line a number of tokens."""
+    from ep2tp.kernels.configs import choose
     from ep2tp.kernels.fused_moe import fused_moe
     from ep2tp.kernels.reference import fused_moe_reference
     from tests.benchmarks.kernel_timing import bytes_read, make_batches, make_layer
 
     gate_up, down = make_layer(shape)
-    stock, config_of = stock_call(gate_up, down), configs_for(shape, chosen.sweep, header["device"])
+    stock = stock_call(gate_up, down)
     lines = []
     for tokens in TOKENS:
         if time.monotonic() > deadline:
@@ -89,7 +80,7 @@ def measure_shape(
             "shape": shape.name, "tokens": tokens, "bytes": bytes_read(gate_up, down, batches),
             "operations": 6 * tokens * shape.top_k * shape.hidden * shape.inner,
         }  # fmt: skip
-        config = config_of(tokens)
+        config = choose(header["device"], shape.key, shape.format, tokens)
         if config is not None:
 
             def ours(x: Any, topk_weights: Any, topk_ids: Any, config: Any = config) -> Any:
@@ -158,7 +149,6 @@ def main() -> None:
     """Measure, or plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("table"))
-    parser.add_argument("--sweep", type=Path)
     parser.add_argument("--shapes", help="only these, comma-separated")
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--plot", type=Path, help="draw this table.json, and stop")

@@ -29,7 +29,7 @@ BITS = CAPABILITY < (8, 9)
 OVERLAPS = [False, True] if CAPABILITY >= (9, 0) else [False]
 BY_PAIR = KernelConfig(PassConfig(16, 256, 4, 3), PassConfig(16, 512, 4, 1), by_pair=True, by_token=True, fp8_bits=BITS)
 BY_EXPERT = KernelConfig(
-    PassConfig(32, 64, 2, 3), PassConfig(64, 64, 4, 3), by_pair=False, by_token=False, pairs=8, fp8_bits=BITS
+    PassConfig(32, 64, 2, 3), PassConfig(64, 64, 4, 3, tiles=3), by_pair=False, by_token=False, pairs=8, fp8_bits=BITS
 )
 METHODS = {"by pair": BY_PAIR, "by expert": BY_EXPERT}
 LIMIT = {torch.bfloat16: 5e-3, torch.float16: 7e-4}

@@ -36,12 +36,21 @@ def test_a_sweep_becomes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     sweep.write_text(json.dumps({**header, "results": results}))
     monkeypatch.setattr(configs, "FOLDER", tmp_path / "configs")
     configs._table.cache_clear()
-    write_tables(sweep)
+    write_tables([sweep])
     assert [choose(DEVICE, DSV3_TP8, FP8, tokens) for tokens in (1, 2, 8, 9)] == [FEW, MANY, MANY, None]
     assert wins(DEVICE, DSV3_TP8, FP8, 8) and not wins(DEVICE, DSV3_TP8, FP8, 9)
     assert choose(DEVICE, (128, 7168, 256, 8), FP8, 1) is None
     assert choose("another", DSV3_TP8, FP8, 1) is None
     configs._table.cache_clear()
+    (tmp_path / "table.json").write_text(json.dumps({"lines": [faster(1, "ep2tp"), faster(8, "vllm")]}))
+    write_tables([sweep], tmp_path / "table.json")
+    assert [choose(DEVICE, DSV3_TP8, FP8, tokens) for tokens in (1, 2, 8)] == [FEW, None, None]
+    configs._table.cache_clear()
+
+
+def faster(tokens: int, name: str) -> dict[str, object]:
+    seconds = {which: {"seconds": 1e-5 if which == name else 2e-5} for which in ("ep2tp", "vllm")}
+    return {"shape": "dsv3-tp8", "tokens": tokens, **seconds}
 
 
 def test_file_names_have_no_spaces() -> None:

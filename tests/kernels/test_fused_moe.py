@@ -20,7 +20,9 @@ from ep2tp.kernels.reference import fused_moe_reference
 from tests.kernels.layers import FORMATS, MoeLayer, layer, relative_error
 
 BY_PAIR = KernelConfig(PassConfig(16, 128, 4, 2), PassConfig(32, 256, 4, 1), by_pair=True, by_token=True)
-BY_EXPERT = KernelConfig(PassConfig(16, 64, 4, 2), PassConfig(32, 128, 4, 2), by_pair=False, by_token=False, pairs=8)
+BY_EXPERT = KernelConfig(
+    PassConfig(16, 64, 4, 2), PassConfig(32, 128, 4, 2, tiles=3), by_pair=False, by_token=False, pairs=8
+)
 METHODS = {"by pair": BY_PAIR, "by expert": BY_EXPERT}
 LIMIT = {torch.float16: 6e-4, torch.bfloat16: 8e-3}
 ODD = (80, 96, 144, 160, 176, 192, 288, 320, 352)

@@ -19,10 +19,10 @@ def down_by_expert(
     EXPERTS: tl.constexpr, K: tl.constexpr, I: tl.constexpr,
     KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
     BITS: tl.constexpr, WEIGHT_INPUT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OVERLAP: tl.constexpr,
     PAIRS: tl.constexpr, ALL_PAIRS: tl.constexpr, FIND: tl.constexpr,
 ):  # fmt: skip
-    """``parts[pair] = weight * down[expert of pair] @ inner[pair]``. Grid: (experts or pairs, tiles of K)."""
+    """``parts[pair] = weight * down[expert of pair] @ inner[pair]``. Grid: (experts or pairs, TILES tiles of K)."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     expert = tl.program_id(0)
@@ -35,29 +35,33 @@ def down_by_expert(
     if (expert < 0) | (expert >= EXPERTS) | (count == 0) | (is_first == 0):
         return
     expert = expert.to(tl.int64)
-    outputs = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    live = outputs < K
-    row_starts = (expert * K + outputs) * (I // PACK)
-    scale_starts = scale_rows(expert, outputs, K, I, BLOCK_ROWS, BLOCK_COLUMNS)
     factor = expert_factor(global_scales, expert, KIND)
+    trips: tl.constexpr = (I + COLUMNS - 1) // COLUMNS
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
 
     for chunk in tl.range(0, count, PAIRS, num_stages=1):
         pair = pairs_at(match, place, chunk, PAIRS, ALL_PAIRS)
         here = chunk + tl.arange(0, PAIRS) < count
+        weight = tl.full([PAIRS], 1.0, tl.float32)
+        if not WEIGHT_INPUT:
+            weight = tl.load(topk_weights + pair, mask=here, other=0.0)
         sums = tl.zeros([ROWS, PAIRS], tl.float32)
-        for start in tl.range(0, I, COLUMNS, num_stages=STAGES):
+        for step in tl.range(0, TILES * trips, num_stages=STAGES):  # loads run on from tile to tile
+            start = step % trips * COLUMNS
+            outputs = (tl.program_id(1) * TILES + step // trips) * ROWS + tl.arange(0, ROWS)
+            live = outputs < K
+            scale_starts = scale_rows(expert, outputs, K, I, BLOCK_ROWS, BLOCK_COLUMNS)
             even, odd = load_columns(inner + pair * I, start, here, I, COLUMNS, PACK)
             sums = multiply_tile(
-                sums, values, scales, row_starts, scale_starts, live, factor, start, even, odd,
-                I, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS,
+                tl.where(start == 0, 0.0, sums), values, scales, (expert * K + outputs) * (I // PACK), scale_starts,
+                live, factor, start, even, odd, I, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS,
             )  # fmt: skip
-        if (KIND == "fp8") and (BLOCK_COLUMNS == 0):
-            sums *= load_scales(scales + scale_starts, live, factor, KIND, BITS)[:, None]
-        if bias is not None:
-            sums += tl.load(bias + expert * K + outputs, mask=live, other=0.0).to(tl.float32)[:, None]
-        if not WEIGHT_INPUT:
-            sums *= tl.load(topk_weights + pair, mask=here, other=0.0)[None, :]
-        offset = pair.to(tl.int64)[None, :] * K + outputs[:, None]
-        tl.store(parts + offset, sums, mask=live[:, None] & here[None, :])
+            part = sums
+            if (KIND == "fp8") and (BLOCK_COLUMNS == 0):
+                part *= load_scales(scales + scale_starts, live, factor, KIND, BITS)[:, None]
+            if bias is not None:
+                part += tl.load(bias + expert * K + outputs, mask=live, other=0.0).to(tl.float32)[:, None]
+            is_whole = step % trips == trips - 1
+            offset = pair.to(tl.int64)[None, :] * K + outputs[:, None]
+            tl.store(parts + offset, part * weight[None, :], mask=live[:, None] & here[None, :] & is_whole)
