@@ -3,8 +3,7 @@
 For each shape and number of tokens, in order of importance, until the time is up: each pass's candidates are compiled
 by as many processes as there are cores, checked against float64 (fresh inputs, poisoned output) and timed alone, then
 the best of both passes together (for one token also without overlap). Writes sweep.json and ends with a table.
-``kernel_sweep.py --tables sweep.json... [--against table.json]`` turns results into ep2tp/kernels/configs/*.json, on any
-machine.
+``kernel_sweep.py --tables sweep.json... [--against table.json]`` turns results into ep2tp/kernels/configs/*.json.
 """
 
 from __future__ import annotations
@@ -281,6 +280,7 @@ def main() -> None:
 
     major, minor = torch.cuda.get_device_capability()
     sweep = Sweep(chosen.out, chosen.seconds, 10 * major + minor)
+    known = fastest(json.loads(chosen.known.read_text())["results"]) if chosen.known else {}
     points = [
         (SHAPES[name], tokens)
         for name, counts in ORDER
