@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 from functools import cache
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 CACHE = Path(__file__).parents[2] / ".wheel-sources"
@@ -59,10 +60,30 @@ def _read(package: str, version: str, name: str) -> bytes:
     return next((wheel.read(path) for path in paths if path in wheel.NameToInfo), b"")
 
 
+def newest(package: str) -> str:
+    """The version of the newest release that has a wheel for this platform.
+
+    Raises:
+        NoIndexError: there is none that can be reached.
+    """
+    return str(_found(package, "")[0].version)
+
+
 @cache
 def _wheel(package: str, version: str) -> ZipFile:
-    from pip._internal.commands import create_command
     from pip._internal.network.lazy_wheel import LazyZipOverHTTP
+    from pip._vendor.requests.exceptions import RequestException
+
+    candidate, session = _found(package, f"=={version}")
+    try:
+        return ZipFile(LazyZipOverHTTP(candidate.link.url_without_fragment, session))
+    except RequestException as error:
+        raise NoIndexError(f"{package} {version}: {error}") from error
+
+
+def _found(package: str, specifier: str) -> tuple[Any, Any]:
+    """pip's best candidate for a requirement, and the HTTP session that reached the index."""
+    from pip._internal.commands import create_command
     from pip._vendor.packaging.specifiers import SpecifierSet
     from pip._vendor.requests.exceptions import RequestException
 
@@ -72,9 +93,9 @@ def _wheel(package: str, version: str) -> ZipFile:
         with command.main_context():
             session = command.get_default_session(options)
             finder = command._build_package_finder(options, session)
-            found = finder.find_best_candidate(package, SpecifierSet(f"=={version}")).best_candidate
-            if found is None:
-                raise NoIndexError(f"no wheel of {package} {version} for this platform can be reached")
-            return ZipFile(LazyZipOverHTTP(found.link.url_without_fragment, session))
+            found = finder.find_best_candidate(package, SpecifierSet(specifier)).best_candidate
     except RequestException as error:
-        raise NoIndexError(f"{package} {version}: {error}") from error
+        raise NoIndexError(f"{package}{specifier}: {error}") from error
+    if found is None:
+        raise NoIndexError(f"no wheel of {package}{specifier} for this platform can be reached")
+    return found, session
