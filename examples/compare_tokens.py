@@ -2,8 +2,8 @@
 
     python examples/compare_tokens.py stock.jsonl rewritten.jsonl [--tie 0.1]
 
-The files are what offline_generation.py writes. Another plan adds up partial sums in another order, so BF16 tokens part
-sooner or later, where two tokens are almost equally likely; after that the texts have nothing in common. Tokens that part
+The files are what offline_generation.py writes. Another plan adds up partial sums in another order, so BF16 tokens
+part sooner or later, where two are almost equally likely; after that the texts have nothing in common. Tokens that part
 where one was clearly likelier point to wrong weights. Exit status: 0 where all are equal or part at near-ties, else 1.
 """
 

@@ -3,8 +3,8 @@
     python examples/offline_generation.py MODEL --gpus 8 --output rewritten.jsonl
     EP2TP=off python examples/offline_generation.py MODEL --gpus 8 --stock --output stock.jsonl
 
-MODEL is a folder or a hub id, or ``tiny`` for a small random DeepSeek-V3 that is written beside the output. Nothing here
-names ep2tp: vLLM loads it as a plugin. compare_tokens.py compares two such files.
+MODEL is a folder or a hub id, or ``tiny`` for a small random DeepSeek-V3 that is written beside the output. What
+generates does not name ep2tp: vLLM loads it as a plugin. compare_tokens.py compares two such files.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ def generate(model: str, prompts: list[Any], options: dict[str, Any]) -> list[di
     for output in llm.generate(prompts, sampling):
         [completion] = output.outputs
         likeliest = [{token: entry.logprob for token, entry in position.items()} for position in completion.logprobs]
-        found.append(
-            {"prompt": output.prompt_token_ids, "tokens": list(completion.token_ids), "likeliest": likeliest}
-        )
+        found.append({"prompt": output.prompt_token_ids, "tokens": list(completion.token_ids), "likeliest": likeliest})
     return found
 
 

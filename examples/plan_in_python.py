@@ -2,8 +2,8 @@
 
     python examples/plan_in_python.py MODEL --gpu 'RTX PRO 6000' --link pcie5 [--context 32768]
 
-MODEL is a checkpoint folder, a config.json, or a hub id. `ep2tp plan` asks the same for one number of GPUs. All times are
-computed bounds (docs/planning.md).
+MODEL is a checkpoint folder, a config.json, or a hub id. `ep2tp plan` asks the same for one number of GPUs. All times
+are computed bounds (docs/planning.md).
 """
 
 from __future__ import annotations

@@ -75,7 +75,9 @@ def words(result: Result, source: str, destination: str, seconds: float | None) 
         return f"{destination} is finished already."
     fields = [f"{field} {before} -> {after}" for field, (before, after) in conversion.plan.fields.items()]
     lines = [f"{source} for {ranks} ranks, layout {conversion.layout}: " + (", ".join(fields) or "nothing is padded")]
-    lines.append(f"{old / 1e9:.2f} GB -> {new / 1e9:.2f} GB ({new / old - 1:+.1%}) in {_files(len(conversion.sizes()))}")
+    lines.append(
+        f"{old / 1e9:.2f} GB -> {new / 1e9:.2f} GB ({new / old - 1:+.1%}) in {_files(len(conversion.sizes()))}"
+    )
     if seconds is not None:
         lines.append(f"Needs {result.needed / 1e9:.2f} GB of disk, {result.free / 1e9:.2f} GB are free.")
         lines.append(f"Dry run, nothing was written. About {seconds:.0f} s at the speed of {destination}'s disk.")

@@ -24,14 +24,13 @@ def print_families(families: Mapping[str, Family]) -> None:
     """The patches in force, one below the other, so that no name is cut at 80 columns or in a pipe."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name, family in families.items():
-        versions = (
-            f"{title} {', '.join(family.checked[engine])}" if family.checked.get(engine) else f"{title} not checked"
-            for engine, title in (("vllm", "vLLM"), ("sglang", "SGLang"))
+        vllm, sglang = (
+            ", ".join(v) or "not checked" for v in (family.checked.get("vllm", ()), family.checked.get("sglang", ()))
         )
         matches = ", ".join((*family.match.model_types, *family.match.architectures))
         table.add_row(Text(name, "bold"), Text(family.title))
         table.add_row("  matches", Text(matches, "dim"))
-        table.add_row("  checked", Text("; ".join(versions), "dim"))
+        table.add_row("  checked", Text(f"vLLM {vllm}; SGLang {sglang}", "dim"))
     Console(highlight=False).print(table)
 
 

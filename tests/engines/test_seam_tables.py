@@ -76,6 +76,13 @@ def test_every_release_is_listed_for_the_nightly_matrix(capsys: pytest.CaptureFi
     assert {"vllm 0.33.0", "vllm newest", "sglang 0.5.17", "sglang newest"} <= set(listed)
 
 
+def test_the_page_about_versions_names_each_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "versions.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2:4] for line in page.splitlines() if line.startswith("|")]
+    for column, table in enumerate((vllm, sglang)):
+        assert {version for row in rows for version in re.findall(r"[\d.]+\d", row[column])} == set(table.VERSIONS)
+
+
 SETTINGS = {
     "vllm": (vllm_arguments.RULES, ["vllm.engine.arg_utils"]),
     "sglang": (

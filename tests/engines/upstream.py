@@ -58,7 +58,9 @@ def check(release: str) -> bool:
     expected = [seam for seam in ENGINES[package].ALL if is_expected(package, version, seam)]
     problems = {seam: problem(package, version, seam) for seam in expected}
     for seam, found in problems.items():
-        print(f"  {'CHANGED' if found else 'holds  '}  {seam.module}.{seam.attribute}" + (f": {found}" if found else ""))
+        print(
+            f"  {'CHANGED' if found else 'holds  '}  {seam.module}.{seam.attribute}" + (f": {found}" if found else "")
+        )
     return not any(problems.values())
 
 
