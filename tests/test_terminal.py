@@ -124,6 +124,7 @@ def test_nothing_is_wider_than_the_terminal(columns: int, model: Path) -> None:
         ("patches",),
         ("patches", "--model", str(model), "--tp", "8"),
         ("plan", str(model), *link),
+        ("plan", str(model), *link, "--batch", "1,2,4,8,16,32,64,128,65536"),
         ("detect", str(LOGS / "vllm-0.32.0-tep2-rewritten.log")),
         ("rewrite", "--", "vllm", "serve", str(model), "-dp", "4", "-ep", "--all2all-backend", "deepep_low_latency"),
     ):
