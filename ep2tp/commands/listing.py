@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -41,8 +40,8 @@ def print_model(model: str, families: Mapping[str, Family], ranks: int | None) -
         ModelError, PatchError: the model cannot be read, or no patch matches.
     """
     facts = find_facts(model, families)
-    console = Console(highlight=False)
-    console.print(f"{escape(model)}: patch [bold]{facts.family.name}[/] ({facts.family.title}), by {facts.matched_by}")
+    console = Console(markup=False, highlight=False)  # names have brackets
+    console.print(f"{model}: patch {facts.family.name} ({facts.family.title}), by {facts.matched_by}")
     console.print(f"{facts.experts} experts, top {facts.top_k}")
     notes = Table.grid(padding=(0, 1, 0, 0))
     for note in (" ".join(facts.family.expert_parallel.split()), *facts.family.hazards):
@@ -62,7 +61,7 @@ def print_model(model: str, families: Mapping[str, Family], ranks: int | None) -
 
 def print_changes(changes: Sequence[Change], facts: ModelFacts | None, why_no_facts: str, ranks: int) -> None:
     """The reason for each change of a command, and whether its model can do without the plugin at ``ranks``."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, highlight=False)
     if not changes:
         console.print("The command does not ask for expert parallelism; nothing changed.")
         return
