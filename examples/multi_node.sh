@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# vLLM on several nodes, by its own launcher: tensor parallel inside a node, pipeline stages between nodes, where the
-# slow network then carries one activation a step and no all_reduce. Run it on every node, ep2tp installed on each:
+# vLLM on several nodes, by its own launcher: tensor parallel inside a node, pipeline stages between nodes. The slow
+# network then carries activations from stage to stage, and no all_reduce. Run it on every node, with ep2tp installed:
 #
 #     NODES=2 GPUS=8 examples/multi_node.sh 0 10.0.0.1 MODEL      on the first node, which answers on port 8000
 #     NODES=2 GPUS=8 examples/multi_node.sh 1 10.0.0.1 MODEL      on the second
