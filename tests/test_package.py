@@ -65,8 +65,9 @@ def test_the_wheel_holds_all_data_and_nothing_else(wheel: Path) -> None:
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
         metadata = message_from_bytes(archive.read(f"{info}/METADATA"))
     package = ROOT / "ep2tp"
-    expected = {str(path.relative_to(ROOT)) for path in package.rglob("*") if path.suffix in (".py", ".toml", ".jsonl")}
-    assert expected | {"ep2tp/py.typed"} <= names
+    files = (path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    assert {str(path.relative_to(ROOT)) for path in files} == {name for name in names if name.startswith("ep2tp/")}
+    assert {"ep2tp/py.typed", "ep2tp/patches/deepseek_v3.toml"} < names
     assert {name for name in names if not name.startswith("ep2tp/")} == {
         f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")
     }

@@ -8,6 +8,7 @@ the parts of pip by which it reads a wheel's metadata (``--use-feature=fast-deps
 from __future__ import annotations
 
 import ast
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,11 @@ def newest(package: str) -> str:
 
 @cache
 def _wheel(package: str, version: str) -> ZipFile:
+    candidate, session = _found(package, f"=={version}")
+
     from pip._internal.network.lazy_wheel import LazyZipOverHTTP
     from pip._vendor.requests.exceptions import RequestException
 
-    candidate, session = _found(package, f"=={version}")
     try:
         return ZipFile(LazyZipOverHTTP(candidate.link.url_without_fragment, session))
     except RequestException as error:
@@ -83,6 +85,9 @@ def _wheel(package: str, version: str) -> ZipFile:
 
 def _found(package: str, specifier: str) -> tuple[Any, Any]:
     """pip's best candidate for a requirement, and the HTTP session that reached the index."""
+    with suppress(ImportError):
+        import setuptools  # noqa: F401 - vLLM imports it, which fails once pip has imported Python's distutils
+
     from pip._internal.commands import create_command
     from pip._vendor.packaging.specifiers import SpecifierSet
     from pip._vendor.requests.exceptions import RequestException
