@@ -1,7 +1,8 @@
 # make demo          sets everything up in $(VENV), then runs the main job on a built-in tiny model in vLLM
 # make demo-sglang   the same in SGLang, set up in $(VENV_SGLANG)
 # make test          sets both up, then passes the tests
-# make lint          style and types
+# make lint          style, types, and the workflows
+# make package       builds the wheel and the sdist into dist/, and checks what an index would refuse
 #
 # Both run on PyTorch's CPU build. Where pip's own index has only CUDA builds of torch, name PyTorch's:
 #   make demo EXTRA_INDEX=https://download.pytorch.org/whl/cpu
@@ -15,7 +16,7 @@ INSTALL = --disable-pip-version-check install $(if $(EXTRA_INDEX),--extra-index-
 PIP = $(VENV)/bin/pip $(INSTALL)
 PIP_SGLANG = $(VENV_SGLANG)/bin/pip $(INSTALL)
 
-.PHONY: demo demo-sglang test test-vllm test-kernels test-sglang lint clean
+.PHONY: demo demo-sglang test test-vllm test-kernels test-sglang lint package clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/ep2tp demo
@@ -36,9 +37,16 @@ test-sglang: $(VENV_SGLANG)/ready
 	$(VENV_SGLANG)/bin/python -m pytest $(TESTS_SGLANG)
 
 lint: $(VENV)/ready
-	$(VENV)/bin/ruff check ep2tp tests
-	$(VENV)/bin/ruff format --check ep2tp tests
+	$(VENV)/bin/ruff check ep2tp tests examples
+	$(VENV)/bin/ruff format --check ep2tp tests examples
 	$(VENV)/bin/mypy
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/zizmor --offline --quiet .github
+
+package: $(VENV)/ready
+	rm -rf dist
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/twine check --strict dist/*
 
 # torchvision, torchaudio and torchcodec come as CUDA builds, which cannot be imported beside PyTorch's CPU build.
 $(VENV)/ready: pyproject.toml Makefile
@@ -66,4 +74,4 @@ $(VENV_SGLANG)/ready: pyproject.toml Makefile $(wildcard tests/engines/sglang_cp
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_SGLANG) .wheel-sources
+	rm -rf $(VENV) $(VENV_SGLANG) .wheel-sources dist

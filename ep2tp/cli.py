@@ -36,7 +36,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(short_help="List the model families that ep2tp knows; show a model's slices.")
 @click.option("--model", metavar="MODEL", help="Folder, config.json, or hub id in the local cache.")
 @click.option("--tp", type=click.IntRange(1), help="With --model: show the slices over this many ranks.")
 def patches(model: str | None, tp: int | None) -> None:
@@ -53,7 +53,10 @@ def patches(model: str | None, tp: int | None) -> None:
         listing.print_model(model, families, tp)
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
+@main.command(
+    short_help="Print a launch command as tensor parallel; start nothing.",
+    context_settings={"ignore_unknown_options": True},
+)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def rewrite(command: tuple[str, ...]) -> None:
     """Print the tensor-parallel launch that COMMAND amounts to; nothing is started.
@@ -72,7 +75,7 @@ def rewrite(command: tuple[str, ...]) -> None:
     listing.print_changes(rewritten.changes, facts, why_no_facts, rewritten.gpus)
 
 
-@main.command()
+@main.command(short_help="Run a recipe of a tiny model on this CPU, rewritten and not.")
 @click.option("--engine", type=click.Choice(["vllm", "sglang"]), default="vllm", show_default=True)
 @click.option("--tp", type=click.IntRange(2, 3), default=2, show_default=True, help="Ranks of the rewritten launch.")
 @click.option("--keep", type=click.Path(file_okay=False), help="Folder for the tiny checkpoint and the logs.")

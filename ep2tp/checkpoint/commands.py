@@ -47,7 +47,7 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command("reshard")
+@click.command("reshard", short_help="Write a checkpoint whose slices are whole blocks.")
 @click.argument("source")
 @click.argument("destination", type=click.Path(file_okay=False))
 @click.option("--tp", type=click.IntRange(1), required=True, help="Tensor-parallel size to write for.")
@@ -79,7 +79,7 @@ def reshard_command(source: str, destination: str, quiet: bool, as_json: bool, *
     console.show(console.summary(result, seconds), quiet, as_json, text)
 
 
-@click.command("verify")
+@click.command("verify", short_help="Prove what reshard wrote, byte for byte.")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False))
 @click.option("--source", help="The original: prove that every expert is bit for bit the same.")
 @_source_options

@@ -31,7 +31,7 @@ def progress_bar(label: str, is_quiet: bool) -> Iterator[Report]:
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
     )
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -75,18 +75,25 @@ def words(result: Result, source: str, destination: str, seconds: float | None) 
         return f"{destination} is finished already."
     fields = [f"{field} {before} -> {after}" for field, (before, after) in conversion.plan.fields.items()]
     lines = [f"{source} for {ranks} ranks, layout {conversion.layout}: " + (", ".join(fields) or "nothing is padded")]
-    lines.append(f"{old / 1e9:.2f} GB -> {new / 1e9:.2f} GB ({new / old - 1:+.1%}) in {len(conversion.sizes())} files")
+    lines.append(
+        f"{old / 1e9:.2f} GB -> {new / 1e9:.2f} GB ({new / old - 1:+.1%}) in {_files(len(conversion.sizes()))}"
+    )
     if seconds is not None:
         lines.append(f"Needs {result.needed / 1e9:.2f} GB of disk, {result.free / 1e9:.2f} GB are free.")
         lines.append(f"Dry run, nothing was written. About {seconds:.0f} s at the speed of {destination}'s disk.")
     elif result.status == "part":
         lines.append(f"Wrote {result.written / 1e9:.2f} GB; run with --finish once all ranks are there.")
     else:
-        lines.append(f"Wrote {result.written / 1e9:.2f} GB to {destination}; {result.resumed} files were there before.")
+        before = f"; {_files(result.resumed)} there before" if result.resumed else ""
+        lines.append(f"Wrote {result.written / 1e9:.2f} GB to {destination}{before}.")
     if left_out := conversion.left_out:
         named = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
-        lines.append(f"Left out, as the checkpoint's index does not name them: {named} ({len(left_out)} files).")
+        lines.append(f"Left out, as the checkpoint's index does not name them: {named} ({_files(len(left_out))}).")
     return "\n".join(lines)
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
 
 
 def show(outcome: dict[str, Any], quiet: bool, as_json: bool, text: str) -> None:

@@ -24,7 +24,7 @@ class _Batches(click.ParamType[tuple[int, ...]]):
         return tuple(found)
 
 
-@click.command("plan")
+@click.command("plan", short_help="Compare parallel plans of a model; say which to run.")
 @click.argument("model", required=False)
 @click.option("--gpus", type=click.IntRange(1, 1024), help="GPUs of the launch.")
 @click.option("--gpu", metavar="NAME", help="Which GPU, such as 'RTX PRO 6000' (default: this machine's).")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _ENGINES = ("vllm", "sglang")
 
 
-@click.command("tune")
+@click.command("tune", short_help="Find the fastest MoE kernel configurations for this GPU.")
 @click.argument("model")
 @click.option("--tp", type=click.IntRange(1), required=True, help="Tensor-parallel size: the slices to tune for.")
 @click.option("--seconds", type=click.IntRange(10), default=900, show_default=True, help="For everything.")

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 
-@click.command("doctor")
+@click.command("doctor", short_help="Check this machine: GPUs, links, proven P2P, engines, disk.")
 @click.option(
     "--folder",
     type=click.Path(exists=True, file_okay=False, path_type=Path),

@@ -6,7 +6,9 @@ Exit codes: 0 read (and with --expect: as expected), 1 a source cannot be read, 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,7 +31,7 @@ class _Plans(click.ParamType[frozenset[str]]):
         return names
 
 
-@click.command("detect")
+@click.command("detect", short_help="Say which parallel plan an engine runs, from logs or a server.")
 @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...")
 @click.option("--json", "as_json", is_flag=True, help="Print the verdict as one JSON object.")
 @click.option(
@@ -50,7 +52,7 @@ def detect_command(sources: tuple[str, ...], as_json: bool, expect: frozenset[st
     several = len(sources) > 1
     read = (with_source(read_source(source), source) if several else read_source(source) for source in sources)
     verdict = judge(piece for pieces in read for piece in pieces)
-    click.echo(json.dumps(_as_json(verdict)) if as_json else _as_text(verdict))
+    click.echo(json.dumps(_as_json(verdict)) if as_json else _as_wide_as_the_terminal(_as_text(verdict)))
     if expect is not None and not {plan.lower() for plan in verdict.fits} <= expect:
         click.echo(f"Expected {' or '.join(sorted(expect)).upper()}; found {_found(verdict)}", err=True)
         sys.exit(_OTHER_PLAN)
@@ -76,6 +78,17 @@ def _as_text(verdict: Verdict) -> str:
         lines += [f"- {_says(verdict, i)}", f"    {place}{piece.text}"]
     if not verdict.evidence:
         lines.append("No line is one that ep2tp knows. Is it a log of vLLM 0.25 to 0.33 or SGLang 0.5.17 to 0.5.23?")
+    return "\n".join(lines)
+
+
+def _as_wide_as_the_terminal(text: str) -> str:
+    """Lines wrapped under their own beginning on a terminal; as they are in a file or pipe."""
+    if not sys.stdout.isatty():
+        return text
+    width, lines = shutil.get_terminal_size().columns, []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip(" -")))
+        lines.append(textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False))
     return "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ SIGNS = (
         "--",
         # vLLM begins each line of a message with its prefix, SGLang the first alone.
         re.compile(
-            r"^(?:.*\[plugin\.py:\d+\] )?(?P<setting>--\S+) {2,}(?P<before>.+?) {2,}(?P<after>.+?) {2,}(?P<why>.+)"
+            r"^(?:.*\[plugin\.py:\d+\] )?(?P<setting>--[a-z]\S+) {2,}(?P<before>.+?) {2,}(?P<after>.+?) {2,}(?P<why>.+)"
         ),
         _change,
     ),

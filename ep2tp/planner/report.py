@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -18,11 +19,13 @@ from ep2tp.planner.memory import GB, usable_bytes
 def print_report(console: Console, question: Question, assessed: Sequence[Assessment], verdict: Verdict) -> None:
     """Everything, the verdict last, where the eye is when the command ends."""
     _print_header(console, question)
-    console.print(_time_table(question, assessed, verdict))
+    for table in _fitting(console, question.batches, lambda some: _time_table(question, assessed, verdict, some)):
+        console.print(table)
     if not all(a.holds(batch) for a in assessed if a.runs for batch in question.batches):
         console.print("! more sequences of this context than the KV cache holds at once\n")
     console.print(_memory_table(question, assessed))
-    console.print(_communication_table(question, assessed))
+    for table in _fitting(console, question.batches, lambda some: _communication_table(assessed, some)):
+        console.print(table)
     _print_divisibility(console, assessed)
     _print_verdict(console, verdict)
 
@@ -32,8 +35,8 @@ def _print_header(console: Console, question: Question) -> None:
     formats = ", ".join(dict.fromkeys(c.format_names for c in facts.classes))
     estimate = ", attention estimated" if inventory.attention.is_estimate and inventory.source == "config.json" else ""
     console.print(
-        f"[bold]{facts.source}[/]: {facts.experts} experts, top {facts.top_k}, hidden {facts.hidden}, {formats}; "
-        f"{inventory.total(facts) / GB:.1f} GB of weights ({inventory.source}{estimate})"
+        f"[bold]{escape(facts.source)}[/]: {facts.experts} experts, top {facts.top_k}, hidden {facts.hidden}, "
+        f"{formats}; {inventory.total(facts) / GB:.1f} GB of weights ({inventory.source}{estimate})"
         + (f", MTP {inventory.mtp / GB:.1f} GB more" if inventory.mtp else "")
     )
     console.print(
@@ -43,18 +46,34 @@ def _print_header(console: Console, question: Question) -> None:
     console.print(f"link {question.link.name} ({question.link.label})")
 
 
-def _time_table(question: Question, assessed: Sequence[Assessment], verdict: Verdict) -> Table:
+def _fitting(
+    console: Console, batches: tuple[int, ...], table_of: Callable[[tuple[int, ...]], Table]
+) -> Iterator[Table]:
+    """As many tables as it takes for the console to have room for all batches; no figure is cut off."""
+    any_width = console.options.update(width=10_000)
+    while batches:
+        for count in range(len(batches), 0, -1):
+            table = table_of(batches[:count])
+            if console.measure(table, options=any_width).minimum <= console.width:
+                break
+        yield table
+        batches = batches[count:]
+
+
+def _time_table(
+    question: Question, assessed: Sequence[Assessment], verdict: Verdict, batches: tuple[int, ...]
+) -> Table:
     table = _table(f"Decode, ms a token (computed bound; context {question.context})")
-    table.add_column("plan", no_wrap=True)
-    for batch in question.batches:
-        table.add_column(f"batch {batch}", justify="right", no_wrap=True)
-    table.add_column("tok/s", justify="right", no_wrap=True)
-    table.add_column(f"prefill {question.prompt}", justify="right", no_wrap=True)
+    table.add_column("plan", no_wrap=True, min_width=10)
+    for batch in batches:
+        _add_figures(table, f"batch {batch}")
+    _add_figures(table, "tok/s")
+    _add_figures(table, f"prefill {question.prompt}")
     table.add_column("runs", overflow="fold")
-    last = question.batches[-1]
+    last = batches[-1]
     for a in assessed:
         cells: list[str | Text] = []
-        for batch in question.batches:
+        for batch in batches:
             is_best = verdict.by_batch.get(batch) is a
             mark = "" if a.holds(batch) or not a.runs else "!"
             cells.append(Text(mark + _ms(a.decode[batch].total), style="bold green" if is_best else ""))
@@ -82,20 +101,20 @@ def _memory_table(question: Question, assessed: Sequence[Assessment]) -> Table:
     return table
 
 
-def _communication_table(question: Question, assessed: Sequence[Assessment]) -> Table:
+def _communication_table(assessed: Sequence[Assessment], batches: tuple[int, ...]) -> Table:
     table = _table("A MoE layer's collectives, KB sent a rank; busiest rank over mean")
-    table.add_column("plan", no_wrap=True)
+    table.add_column("plan", no_wrap=True, min_width=10)
     table.add_column("collectives", min_width=14)
-    for batch in question.batches:
-        table.add_column(f"sent {batch}", justify="right", no_wrap=True)
-    for batch in question.batches:
-        table.add_column(f"busy {batch}", justify="right", no_wrap=True)
+    for batch in batches:
+        _add_figures(table, f"sent {batch}")
+    for batch in batches:
+        _add_figures(table, f"busy {batch}")
     for a in assessed:
-        kinds = " ".join(c.kind for c in a.collectives[question.batches[0]]) or "none"
-        sent = [f"{sent_bytes(found) / 1e3:.1f}" for found in a.collectives.values()]
-        table.add_row(str(a.layout), kinds, *sent, *(f"{factor:.2f}" for factor in a.straggler.values()))
+        kinds = " ".join(c.kind for c in a.collectives[batches[0]]) or "none"
+        sent = [f"{sent_bytes(a.collectives[batch]) / 1e3:.1f}" for batch in batches]
+        table.add_row(str(a.layout), kinds, *sent, *(f"{a.straggler[batch]:.2f}" for batch in batches))
         if a.alternative:
-            sent = [f"{sent_bytes(found) / 1e3:.1f}" for found in a.alternative.values()]
+            sent = [f"{sent_bytes(a.alternative[batch]) / 1e3:.1f}" for batch in batches]
             table.add_row(" by DeepEP", "all_to_all", *sent, *[""] * len(sent), style="dim")
     return table
 
@@ -144,6 +163,10 @@ def _runs(a: Assessment) -> str:
 def _table(title: str, gap: int = 1) -> Table:
     style = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "pad_edge": False}
     return Table(title=title, padding=(0, gap, 0, 0), **style)  # type: ignore[arg-type]
+
+
+def _add_figures(table: Table, header: str) -> None:
+    table.add_column(header, justify="right", no_wrap=True, min_width=max(6, len(header)))
 
 
 def _gb(size: float) -> str:

@@ -116,6 +116,6 @@ def _simulate(tokens: int, experts: int, top_k: int) -> NDArray[np.int32]:
 
 
 def _busiest(load: NDArray[np.int32] | NDArray[np.bool_], sizes: Sequence[int]) -> float:
-    starts = np.cumsum([0, *sizes[:-1]])
+    starts = np.cumsum([0, *filter(None, sizes)])[:-1]  # groups without an expert have nothing to do
     per_group = np.add.reduceat(load.astype(np.int64), starts, axis=1)
     return float(per_group.max(axis=1).mean())

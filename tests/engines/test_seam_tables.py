@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,10 @@ from ep2tp.engines.sglang import seams as sglang
 from ep2tp.engines.vllm import arguments as vllm_arguments
 from ep2tp.engines.vllm import seams as vllm
 from ep2tp.rewrite.parallel_plan import LaunchRules
-from tests.engines import wheel_sources
+from tests.engines import upstream, wheel_sources
+from tests.engines.upstream import ENGINES
 from tests.engines.wheel_sources import NoIndexError
 
-ENGINES = {"vllm": vllm, "sglang": sglang}
 TABLE = [
     (package, version, seam) for package, table in ENGINES.items() for seam in table.ALL for version in table.VERSIONS
 ]
@@ -30,17 +32,10 @@ def module(package: str, version: str, name: str) -> object:
 
 
 def problem(package: str, version: str, seam: Seam) -> str | None:
-    """What of a seam does not hold in the source of a version, or None."""
-    tree = module(package, version, seam.module)
-    if tree is None:
-        return "no such module"
-    found = wheel_sources.parameters(tree, seam.attribute)
-    if found is None and (origin := wheel_sources.imported_from(tree, seam.attribute)):
-        tree = module(package, version, origin)
-        found = wheel_sources.parameters(tree, seam.attribute)
-    if found is None:
-        return f"no {seam.attribute}"
-    return None if found[: len(seam.parameters)] == seam.parameters else f"parameters {found}"
+    try:
+        return upstream.problem(package, version, seam)
+    except NoIndexError as error:
+        pytest.skip(f"needs a package index: {error}")
 
 
 @pytest.mark.parametrize(("package", "version", "seam"), TABLE, ids=lambda v: getattr(v, "attribute", v))
@@ -56,6 +51,36 @@ def test_a_changed_signature_would_be_noticed() -> None:
     seam = Seam(vllm.WEIGHTS.module, vllm.WEIGHTS.attribute, ("self", "model"), "", ())
     assert "model_config" in (problem("vllm", "0.33.0", seam) or "")
     assert problem("vllm", "0.33.0", Seam(vllm.WEIGHTS.module, "DefaultModelLoader.gone", (), "", ())) is not None
+
+
+def test_the_newest_release_is_checked_against_the_last_known_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the nightly workflow runs; the newest release itself may change any day, and does not decide here."""
+    problem("vllm", "0.32.0", vllm.WEIGHTS)  # skips without an index
+    monkeypatch.setattr(vllm, "VERSIONS", ("0.25.1", "0.28.0"))
+    known = [replace(seam, checked=("0.28.0",)) for seam in vllm.REQUIRED]
+    monkeypatch.setattr(vllm, "ALL", [*known, replace(vllm.WEIGHTS, attribute="Gone.by", checked=("0.25.1",))])
+    monkeypatch.setattr(wheel_sources, "newest", lambda package: "0.33.0")
+    assert upstream.main(["vllm newest"]) == 0
+    monkeypatch.setattr(vllm, "ALL", [*known, replace(vllm.WEIGHTS, attribute="Gone.by", checked=("0.28.0",))])
+    assert upstream.main(["vllm newest"]) == 1
+    first, second = (text.splitlines() for text in capsys.readouterr().out.split("vllm 0.33.0")[1:])
+    assert [line.split()[0] for line in first[1:]] == ["holds"] * 3
+    assert [line.split()[0] for line in second[1:]] == ["holds"] * 3 + ["CHANGED"]
+
+
+def test_every_release_is_listed_for_the_nightly_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+    assert upstream.main(["--list"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {"vllm 0.33.0", "vllm newest", "sglang 0.5.17", "sglang newest"} <= set(listed)
+
+
+def test_the_page_about_versions_names_each_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "versions.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[2:4] for line in page.splitlines() if line.startswith("|")]
+    for column, table in enumerate((vllm, sglang)):
+        assert {version for row in rows for version in re.findall(r"[\d.]+\d", row[column])} == set(table.VERSIONS)
 
 
 SETTINGS = {

@@ -11,6 +11,7 @@ import ast
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 CACHE = Path(__file__).parents[2] / ".wheel-sources"
@@ -60,13 +61,34 @@ def _read(package: str, version: str, name: str) -> bytes:
     return next((wheel.read(path) for path in paths if path in wheel.NameToInfo), b"")
 
 
+def newest(package: str) -> str:
+    """The version of the newest release that has a wheel for this platform.
+
+    Raises:
+        NoIndexError: there is none that can be reached.
+    """
+    return str(_found(package, "")[0].version)
+
+
 @cache
 def _wheel(package: str, version: str) -> ZipFile:
+    candidate, session = _found(package, f"=={version}")
+
+    from pip._internal.network.lazy_wheel import LazyZipOverHTTP
+    from pip._vendor.requests.exceptions import RequestException
+
+    try:
+        return ZipFile(LazyZipOverHTTP(candidate.link.url_without_fragment, session))
+    except RequestException as error:
+        raise NoIndexError(f"{package} {version}: {error}") from error
+
+
+def _found(package: str, specifier: str) -> tuple[Any, Any]:
+    """pip's best candidate for a requirement, and the HTTP session that reached the index."""
     with suppress(ImportError):
         import setuptools  # noqa: F401 - vLLM imports it, which fails once pip has imported Python's distutils
 
     from pip._internal.commands import create_command
-    from pip._internal.network.lazy_wheel import LazyZipOverHTTP
     from pip._vendor.packaging.specifiers import SpecifierSet
     from pip._vendor.requests.exceptions import RequestException
 
@@ -76,9 +98,9 @@ def _wheel(package: str, version: str) -> ZipFile:
         with command.main_context():
             session = command.get_default_session(options)
             finder = command._build_package_finder(options, session)
-            found = finder.find_best_candidate(package, SpecifierSet(f"=={version}")).best_candidate
-            if found is None:
-                raise NoIndexError(f"no wheel of {package} {version} for this platform can be reached")
-            return ZipFile(LazyZipOverHTTP(found.link.url_without_fragment, session))
+            found = finder.find_best_candidate(package, SpecifierSet(specifier)).best_candidate
     except RequestException as error:
-        raise NoIndexError(f"{package} {version}: {error}") from error
+        raise NoIndexError(f"{package}{specifier}: {error}") from error
+    if found is None:
+        raise NoIndexError(f"no wheel of {package}{specifier} for this platform can be reached")
+    return found, session

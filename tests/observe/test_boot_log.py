@@ -55,6 +55,16 @@ def test_without_its_decisive_lines_a_log_decides_less() -> None:
     assert of_text(neither).confidence != "high"
 
 
+def test_a_rule_of_dashes_is_no_change_of_a_setting() -> None:
+    """torch's profiler prints tables into the log."""
+    assert not [
+        piece
+        for piece in judge(read_log(io.StringIO(log("vllm-0.32.0-tep2-rewritten")))).evidence
+        if "---" in piece.text
+    ]
+    assert "ep2tp changed --enable-expert-parallel" in str(of_text(log("vllm-0.32.0-tep2-rewritten")))
+
+
 def test_the_launch_arguments_alone_are_a_hint() -> None:
     [line] = [line for line in log("vllm-0.32.0-tep2-crashes").splitlines() if "non-default args" in line]
     verdict = of_text(line)

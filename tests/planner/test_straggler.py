@@ -56,6 +56,12 @@ def test_loads_agree_with_another_simulation(tokens: int, experts: int, top_k: i
     assert (pairs.mean, pairs.busiest) == pytest.approx((mean_pairs, busiest_pairs), rel=0.015)
 
 
+def test_groups_without_an_expert_have_nothing_to_do() -> None:
+    """More ranks than experts, as when a small model is planned for many GPUs."""
+    assert expert_load(64, 8, 2, 16).busiest == expert_load(64, 8, 2, 8).busiest
+    assert token_load(64, 8, 2, 16).busiest == token_load(64, 8, 2, 8).busiest
+
+
 def test_one_token_exactly() -> None:
     assert exact_busiest_of_one_token([1, 1], 1) == 1
     assert exact_busiest_of_one_token([2, 2], 2) == pytest.approx(2 / 6 * 2 + 4 / 6 * 1)
