@@ -2,6 +2,7 @@
 # make demo-sglang   the same in SGLang, set up in $(VENV_SGLANG)
 # make test          sets both up, then passes the tests
 # make lint          style and types
+# make docs          builds the documentation into site/, links and anchors checked
 #
 # Both run on PyTorch's CPU build. Where pip's own index has only CUDA builds of torch, name PyTorch's:
 #   make demo EXTRA_INDEX=https://download.pytorch.org/whl/cpu
@@ -9,13 +10,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_SGLANG ?= .venv-sglang
+VENV_DOCS ?= .venv-docs
 EXTRA_INDEX ?=
 TESTS_SGLANG ?= $(wildcard tests/engines/test_sglang_*.py)
 INSTALL = --disable-pip-version-check install $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 PIP = $(VENV)/bin/pip $(INSTALL)
 PIP_SGLANG = $(VENV_SGLANG)/bin/pip $(INSTALL)
+PIP_DOCS = $(VENV_DOCS)/bin/pip $(INSTALL)
 
-.PHONY: demo demo-sglang test test-vllm test-sglang lint clean
+.PHONY: demo demo-sglang test test-vllm test-sglang lint docs clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/ep2tp demo
@@ -32,9 +35,12 @@ test-sglang: $(VENV_SGLANG)/ready
 	$(VENV_SGLANG)/bin/python -m pytest $(TESTS_SGLANG)
 
 lint: $(VENV)/ready
-	$(VENV)/bin/ruff check ep2tp tests
-	$(VENV)/bin/ruff format --check ep2tp tests
+	$(VENV)/bin/ruff check ep2tp tests docs
+	$(VENV)/bin/ruff format --check ep2tp tests docs
 	$(VENV)/bin/mypy
+
+docs: $(VENV_DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict
 
 # torchvision, torchaudio and torchcodec come as CUDA builds, which cannot be imported beside PyTorch's CPU build.
 $(VENV)/ready: pyproject.toml Makefile
@@ -61,5 +67,11 @@ $(VENV_SGLANG)/ready: pyproject.toml Makefile $(wildcard tests/engines/sglang_cp
 	$(PIP_SGLANG) --editable '.[test]'
 	touch $@
 
+$(VENV_DOCS)/ready: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ep2tp needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV_DOCS)
+	$(PIP_DOCS) --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_SGLANG) .wheel-sources
+	rm -rf $(VENV) $(VENV_SGLANG) $(VENV_DOCS) .wheel-sources site
