@@ -74,8 +74,9 @@ def _checkpoint(served: Served, checkpoint: Checkpoint) -> Iterator[str]:
     name = f"`{checkpoint.hub}`" if checkpoint.hub else "any checkpoint in this format"
     _, inventory = model(served.name, checkpoint.form)
     facts, _ = model(served.name, checkpoint.form)
-    yield f"### {served.title}, {checkpoint.form}"
-    yield f"{name}: {inventory.total(facts) / GB:.1f} GB of weights."
+    if len(served.checkpoints) > 1:
+        yield f"### {served.title}, {checkpoint.form}"
+    yield f"{name}, {checkpoint.form}: {inventory.total(facts) / GB:.1f} GB of weights."
     yield table(
         ("GPUs", "GB a GPU", "padding", *GPUS.values()),
         [_row(served, checkpoint, gpus) for gpus in SIZES],

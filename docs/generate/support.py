@@ -49,8 +49,8 @@ def page() -> str:
             [
                 "# Engines, models, formats",
                 "<!-- written by python -m docs.generate; edit docs/generate/support.py -->\n",
-                "Written from `ep2tp/patches/`, `ep2tp/model/formats.py` and the engines' seam tables. *Checked* means: "
-                "the model code of that engine version was compared with the patch (names, sizes, how they are sliced). "
+                "Written from `ep2tp/patches/`, `ep2tp/model/formats.py` and the engines' seam tables. *Checked*: the "
+                "model code of that engine version was compared with the patch (names, sizes, how they are sliced). "
                 "What was run, and where, is in [measured results](../results.md); `tests/engines` boots both engines.",
                 "## Engines",
                 table(
@@ -74,8 +74,8 @@ def page() -> str:
                     [(f"`{f.name}`", what, str(f.row_block), str(f.col_block), str(f.block)) for f, what in FORMATS],
                     (2, 3, 4),
                 ),
-                "Rows are an expert's outputs, columns its inputs. *Block* is the least run of intermediate values that "
-                "no slice may cut; they are rows of gate and up, and columns of down: "
+                "Rows are an expert's outputs, columns its inputs. *Block* is the least run of intermediate values "
+                "that no slice may cut; they are rows of gate and up, and columns of down: "
                 "[why blocks matter](../concepts/blocks.md).",
                 "## Why each patch exists",
                 *(_ledger(name, family) for name, family in load_families().items()),

@@ -38,7 +38,7 @@ def _symptom(symptom: dict[str, Any]) -> Iterator[str]:
     quotes = [quote.replace("{}", "…") for quote in symptom.get("quotes", ())]
     yield f"### {symptom.get('title') or _heading(quotes[0])}"
     if quotes:
-        yield "```text\n" + "\n".join(quotes) + "\n```"
+        yield "```{ .text .wrap }\n" + "\n".join(quotes) + "\n```"
     if where := _where(symptom.get("found", ())):
         yield f"*{where}*"
     yield f"**What it means.** {symptom['means'].strip()}"
