@@ -19,13 +19,13 @@ from ep2tp.settings import Settings
 
 
 def print_families(families: Mapping[str, Family]) -> None:
-    """A table of the patches in force."""
-    table = _table("patch", "models", "matches", "vLLM versions checked", "SGLang")
+    """A table of the patches in force, and the engine versions whose model code each was compared with."""
+    table = _table("patch", "models", "model_type", "vLLM", "SGLang")
     for name, family in families.items():
-        matches = ", ".join((*family.match.model_types, *family.match.architectures))
-        versions = (", ".join(family.checked.get(engine, ())) or "none" for engine in ("vllm", "sglang"))
-        table.add_row(name, family.title, matches, *versions)
-    Console().print(table)
+        types = "\n".join(family.match.model_types)
+        versions = ("\n".join(family.checked.get(engine, ())) or "none" for engine in ("vllm", "sglang"))
+        table.add_row(name, family.title, types, *versions)
+    Console(markup=False).print(table)
 
 
 def print_model(model: str, families: Mapping[str, Family], ranks: int | None) -> None:
@@ -35,26 +35,25 @@ def print_model(model: str, families: Mapping[str, Family], ranks: int | None) -
         ModelError, PatchError: the model cannot be read, or no patch matches.
     """
     facts = find_facts(model, families)
-    console = Console()
-    console.print(f"{model}: patch [bold]{facts.family.name}[/] ({facts.family.title}), by {facts.matched_by}")
-    console.print(
-        f"{facts.experts} experts, top {facts.top_k}; expert parallelism: {facts.family.expert_parallel.strip()}"
-    )
+    console = Console(markup=False, highlight=False)  # names have brackets
+    console.print(f"{model}: patch {facts.family.name} ({facts.family.title}), by {facts.matched_by}")
+    assumed = " ".join(facts.family.expert_parallel.split())
+    console.print(f"{facts.experts} experts, top {facts.top_k}; expert parallelism: {assumed}")
     for hazard in facts.family.hazards:
         console.print(f"- {hazard}")
     console.print(_class_table(facts, ranks))
     if ranks is not None:
         plan = plan_shards(facts, ranks)
         rows = padding_rows(plan)
-        for row in rows:
-            console.print("padded: " + "  ".join(row))
+        for name, before, after, why in rows:
+            console.print(f"{name}: {before} -> {after}, {why}")
         if not rows:
             console.print(f"{ranks} ranks: slices are whole blocks as they are, nothing to pad")
 
 
 def print_changes(changes: Sequence[Change], facts: ModelFacts | None, why_no_facts: str, ranks: int) -> None:
     """The reason for each change of a command, and whether its model can do without the plugin at ``ranks``."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, highlight=False)
     if not changes:
         console.print("The command does not ask for expert parallelism; nothing changed.")
         return
@@ -95,5 +94,5 @@ def _class_table(facts: ModelFacts, ranks: int | None) -> Table:
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column is columns[0])
     return table
