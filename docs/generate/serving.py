@@ -21,10 +21,10 @@ from tests.planner.models import model
 
 SIZES = (2, 4, 8)
 GPUS = {
-    "RTX 5090": "5090, 32 GB",
-    "L40S": "L40S, 48 GB",
-    "A100 80GB PCIe": "A100, 80 GB",
-    "RTX PRO 6000": "PRO 6000, 96 GB",
+    "RTX 5090": "5090, 32&nbsp;GB",
+    "L40S": "L40S, 48&nbsp;GB",
+    "A100 80GB PCIe": "A100, 80&nbsp;GB",
+    "RTX PRO 6000": "PRO 6000, 96&nbsp;GB",
 }
 EXAMPLE = "RTX PRO 6000"
 LINK = "pcie5"
@@ -82,6 +82,10 @@ def _checkpoint(served: Served, checkpoint: Checkpoint) -> Iterator[str]:
         [_row(served, checkpoint, gpus) for gpus in SIZES],
         range(1, 3 + len(GPUS)),
     )
+    for gpus in SIZES:
+        _, _, tp, _ = _ask(served, checkpoint, gpus, EXAMPLE)
+        if tp.blockers:
+            yield f"{gpus} GPUs: {tp.blockers[0]}; nothing pads those, whatever the GPU."
     fitting = [asked for gpus in SIZES if (asked := _ask(served, checkpoint, gpus, EXAMPLE))[2].runs]
     if not fitting:
         yield (
@@ -110,7 +114,7 @@ def _row(served: Served, checkpoint: Checkpoint, gpus: int) -> tuple[str, ...]:
         _, _, tp, _ = _ask(served, checkpoint, gpus, gpu)
         fits.append(f"{tp.sequences:,}" if tp.runs else "no")
     if tp.blockers:
-        return (str(gpus), "—", "—", *["no (1)"] * len(GPUS))
+        return (str(gpus), "—", "—", *["no"] * len(GPUS))
     padding = f"+{tp.weights.padding_share:.0%}" if tp.weights.padding_share >= 0.005 else "none"
     return (str(gpus), f"{tp.weights.total / GB:.1f}", padding, *fits)
 

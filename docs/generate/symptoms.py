@@ -42,8 +42,8 @@ def _symptom(symptom: dict[str, Any]) -> Iterator[str]:
     if where := _where(symptom.get("found", ())):
         yield f"*{where}*"
     yield f"**What it means.** {symptom['means'].strip()}"
-    reports = "".join(f" [{_report(link)}]({link})" for link in symptom.get("reports", ()))
-    yield f"**What to do.** {symptom['do'].strip()}" + (f"\n\n**Reported in**{reports}" if reports else "")
+    reports = ", ".join(f"[{_report(link)}]({link})" for link in symptom.get("reports", ()))
+    yield f"**What to do.** {symptom['do'].strip()}" + (f"\n\n**Reported in** {reports}." if reports else "")
 
 
 def _heading(quote: str) -> str:
