@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from docs.generate.svg import COLOURS, INK, LINE, MUTED, PAPER, Drawing
+from docs.generate.svg import COLOURS, INK, LINE, MUTED, ON, PAPER, Drawing
 from ep2tp.layout.split import Split, refine
 
 BLOCK = 128
@@ -67,8 +67,9 @@ def _blocks_row(
         if is_padding:
             picture.text(left + (start + block / 2) * scale, y + 53, "zeros", 12, MUTED, "middle")
         elif block == BLOCK:
-            colour = INK if ranks == 1 else PAPER
-            picture.text(left + (start + block / 2) * scale, y + 53, str(start // block), 12, colour, "middle")
+            is_cut = ranks == 1 and start < size / 2 < start + block
+            middle = left + (start + block * (0.25 if is_cut else 0.5)) * scale
+            picture.text(middle, y + 53, str(start // block), 12, INK if ranks == 1 else ON[rank], "middle")
     for rank in range(ranks if ranks > 1 else 0):
         middle = left + (rank + 0.5) * share * scale
         picture.text(middle, y + 86, f"rank {rank}: {padded // ranks} values", 12, MUTED, "middle")
@@ -114,8 +115,8 @@ def _plan_row(picture: Drawing, y: float, name: str, holds: str, moves: str, who
                 picture.box(at + wide * expert_part(rank), y + 52, wide / 4, 20, COLOURS[rank], PAPER)
             elif expert == rank:
                 picture.box(at, y + 52, wide, 20, COLOURS[rank], PAPER)
-                picture.text(at + wide / 2, y + 66, f"E{expert}", 11, PAPER, "middle")
-    picture.line(100, y + 94, 620, y + 94, MUTED, width=2)
+                picture.text(at + wide / 2, y + 66, f"E{expert}", 11, ON[rank], "middle")
+    picture.line(92, y + 94, 624, y + 94, MUTED, width=2)
     for rank in range(4):
         x = 20 + 172 * rank + 80
         if own:

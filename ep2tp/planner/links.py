@@ -11,7 +11,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -104,21 +104,18 @@ def fit_link(name: str, label: str, ranks: int, step_us: float, rows: Iterable[M
 def built_in() -> Mapping[str, Link]:
     """The links that ``--link`` names.
 
-    ``nvlink``, ``host`` and ``socket`` are fitted to collectives that ep2tp measured on two H100 SXM with NCCL as it
-    comes, with ``NCCL_P2P_DISABLE=1``, and with ``NCCL_SHM_DISABLE=1`` too, launched one by one. Over NVLink up to
-    1 MiB that takes 25 to 35 us whatever the size: it is the processor's launch, which hides behind slower links and
-    is gone inside CUDA graphs, as engines run them. There the latency is assumed, and only the bandwidth measured.
-    ``--calibrate`` measures inside CUDA graphs.
+    ``nvlink``, ``host`` and ``socket`` are fitted to collectives that ``--calibrate`` measured inside CUDA graphs, as
+    engines decode, on two H100 SXM: with NCCL as it comes, with ``NCCL_P2P_DISABLE=1``, and with
+    ``NCCL_SHM_DISABLE=1`` too. Engines' own all_reduce kernels over NVLink are faster than NCCL's.
     ``pcie5`` is read off two NCCL figures (13.9 us for 8 KB, 71.2 us for 64 KB, on 4 GPUs) and a bus bandwidth of 37.6
     GB/s that others report (github.com/local-inference-lab/rtx6kpro); ``pcie4`` is assumed at half its bandwidths.
     """
     text = (resources.files("ep2tp") / "planner" / "data" / "nccl_collectives_2xH100.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     found = {}
-    for name, tag, step in (("nvlink", "nvlink", 0.6), ("host", "shm", 1.0), ("socket", "socket", 2.7)):
-        label = f"measured: 2x H100, NCCL over {_TAGS[tag]}"
-        found[name] = fit_link(name, label, 2, step, (row for row in rows if row["tag"] == tag))
-    found["nvlink"] = _without_launches(found["nvlink"])
+    for name, (way, step) in _MEASURED.items():
+        label = f"measured: 2x H100, NCCL over {way}"
+        found[name] = fit_link(name, label, 2, step, (row for row in rows if row["tag"] == name))
     reported = _reported_pcie(37.6e3, 13.9, 71.2)
     found["pcie5"] = Link("pcie5", "reported by others: 4 GPUs on PCIe 5, peer to peer", False, 4, 1.0, reported)
     half = {kind: tuple(Line(x.alpha, 2 * x.us_per_byte, x.most) for x in lines) for kind, lines in reported.items()}
@@ -126,17 +123,12 @@ def built_in() -> Mapping[str, Link]:
     return found
 
 
-_NVLINK_US = 8.0  # near NCCL's own tuning table: 6.6 us for a ring of its low-latency protocol, and a step or two
-_TAGS = {"nvlink": "NVLink", "shm": "host memory (NCCL_P2P_DISABLE=1)", "socket": "sockets (and NCCL_SHM_DISABLE=1)"}
-
-
-def _without_launches(link: Link) -> Link:
-    """The link with an assumed latency of small messages, at the measured bandwidth of large ones."""
-    lines = {
-        kind: (Line(_NVLINK_US, large.us_per_byte, small.most), large) for kind, (small, large) in link.lines.items()
-    }
-    label = f"{link.label}; up to 1 MiB the latency is assumed: {_NVLINK_US:g} us"
-    return replace(link, label=label, lines=lines)
+# What each was measured over, and the microseconds of a further ring step (assumed: NCCL's own tuning table's order).
+_MEASURED = {
+    "nvlink": ("NVLink", 0.6),
+    "host": ("host memory (NCCL_P2P_DISABLE=1)", 1.0),
+    "socket": ("sockets (and NCCL_SHM_DISABLE=1)", 2.7),
+}
 
 
 def _reported_pcie(bytes_per_us: float, us_8k: float, us_64k: float) -> dict[str, tuple[Line, ...]]:

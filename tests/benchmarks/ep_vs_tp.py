@@ -6,8 +6,8 @@
 
 Launches: TP, TEP, DEP as stock vLLM runs them (EP2TP=off), and the TEP and DEP command lines rewritten by ep2tp
 (EP2TP=on). Links: nvlink (NCCL as it comes), host (NCCL_P2P_DISABLE=1), socket (NCCL_SHM_DISABLE=1 too); the last two
-without vLLM's custom all-reduce. Models have DeepSeek-V3's shape with fewer layers and random weights; routing is
-uniform (VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random), as the planner assumes.
+without vLLM's custom all-reduce. Models (ep_vs_tp_models.py) have published shapes with fewer layers and random
+weights; routing is uniform (VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random), as the planner assumes.
 
 One JSON line for the machine, one for each link's calibration, one for each launch and link. A launch that fails or
 hangs is a line with its error, and the rest goes on. Launches that --budget leaves no time for are lines, too.
@@ -25,21 +25,19 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ep_vs_tp_models import MODELS, model_config
+from ep_vs_tp_planner import figures
 
 from ep2tp.demo.engines import CPU_ENVIRONMENT
 from ep2tp.demo.launch import EngineRun
 from ep2tp.errors import Ep2tpError
 from ep2tp.planner.calibrate import calibrate
-from ep2tp.planner.compare import Assessment, Question, assess
-from ep2tp.planner.layouts import Layout
-from ep2tp.planner.links import built_in
-from ep2tp.planner.machine import choose_gpu
 from ep2tp.planner.memory import GB
 from ep2tp.planner.profile import Profile
-from ep2tp.planner.source import load_model
 
 HERE = Path(__file__).parent
 LINKS: dict[str, dict[str, str]] = {
@@ -48,43 +46,6 @@ LINKS: dict[str, dict[str, str]] = {
     "socket": {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
 }
 LAUNCHES = ("TP", "TEP", "DEP", "TEP-rewritten", "DEP-rewritten")
-_V3 = {
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "model_type": "deepseek_v3",
-    "hidden_size": 7168,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "moe_layer_freq": 1,
-    "first_k_dense_replace": 1,
-    "num_nextn_predict_layers": 0,
-    "vocab_size": 129280,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-_FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128]}
-MODELS: dict[str, dict[str, Any]] = {
-    "v3-fp8": {**_V3, "num_hidden_layers": 9, "n_routed_experts": 256, "quantization_config": _FP8},
-    "v3-bf16": {**_V3, "num_hidden_layers": 8, "n_routed_experts": 128},
-}
 
 
 @dataclass(frozen=True)
@@ -94,13 +55,6 @@ class Case:
     launch: str
     link: str
     ranks: int
-
-    @property
-    def layout(self) -> Layout:
-        """The plan that runs: a rewritten launch is TP."""
-        n = self.ranks
-        plans = {"TEP": Layout("TEP", tp=n, ep=n), "DEP": Layout("DEP", ep=n, dp=n)}
-        return plans.get(self.launch, Layout("TP", tp=n))
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -195,10 +149,13 @@ class Harness:
         self.logs = options.logs or folder
         self.logs.mkdir(parents=True, exist_ok=True)
         self.model = self._write_model()
+        self.config = json.loads((self.model / "config.json").read_text(encoding="utf-8"))
 
     def run(self) -> None:
         """All of it."""
-        self._line(kind="machine", command=sys.argv, model=self.options.model, **_machine())
+        self.machine = {"model": self.options.model, "config": self.config, "prompt": self.options.prompt}
+        self.machine |= {"steps": self.options.steps, "prefill": self.options.prefill}
+        self._line(kind="machine", command=sys.argv, **self.machine, **_machine())
         profiles = {link: self._calibrate(link) for link in self.options.links}
         order = [c for c in LAUNCHES if c in self.options.launches and not c.endswith("rewritten")]
         cases = [Case(launch, link, self.options.ranks) for link in self.options.links for launch in order]
@@ -215,10 +172,7 @@ class Harness:
             from ep2tp.demo.tiny import TinyModel
 
             return TinyModel(heads=8).write(folder)
-        config = MODELS[self.options.model]
-        if self.options.layers:
-            config = {**config, "num_hidden_layers": self.options.layers}
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(model_config(self.options.model, self.options.layers)))
         return folder
 
     def _calibrate(self, link: str) -> Profile | None:
@@ -269,7 +223,8 @@ class Harness:
         found = re.search(r"Model loading took ([\d.]+) GiB", log)
         reported = round(float(found[1]) * 1024**3 / GB, 3) if found else None
         result["weights_gb"] = reported or round(max(result["parameter_bytes"]) / GB, 3)
-        self._line(**shared, **result, planner=self._planner(engine.case, profile, result))
+        line = {**shared, **result}
+        self._line(**line, planner=figures(self.machine, line, profile))
         return True
 
     def _engine(self, is_eager: bool) -> dict[str, Any]:
@@ -301,7 +256,7 @@ class Harness:
             "skipped": self.options.steps // 8,
             "steps": self.options.steps,
             "prefill": self.options.prefill,
-            "vocabulary": json.loads((self.model / "config.json").read_text(encoding="utf-8"))["vocab_size"],
+            "vocabulary": self.config["vocab_size"],
         }
         environment = os.environ | case.environment
         if self.options.routing == "model":
@@ -310,51 +265,10 @@ class Harness:
             environment |= CPU_ENVIRONMENT
         return Engine.start(case, self.logs, request, environment, is_eager)
 
-    def _planner(self, case: Case, profile: Profile | None, result: dict[str, Any]) -> dict[str, Any]:
-        """The planner's figures and their error, with the built-in link and with the one just measured."""
-        facts, inventory = load_model(str(self.model / "config.json"))
-        gpu = choose_gpu(None, None)
-        batches = tuple(self.options.batches)
-        context = self.options.prompt + self.options.steps // 2
-        link = built_in()[case.link] if case.link in built_in() else built_in()["host"]
-        question = Question(facts, inventory, case.ranks, gpu, link, batches, context, self.options.prefill)
-        figures = {"built_in": _figures(assess(question, case.layout), result)}
-        if profile is not None:
-            measured = replace(gpu, bandwidth=profile.bandwidth or gpu.bandwidth)
-            question = replace(question, link=profile.link, gpu=measured)
-            figures["calibrated"] = _figures(assess(question, case.layout), result)
-        return figures
-
     def _line(self, **values: Any) -> None:
         text = json.dumps(values)
         print(text if len(text) < 600 else text[:600] + " ...", flush=True)
         print(text, file=self.out, flush=True)
-
-
-def _figures(assessed: Assessment, result: dict[str, Any]) -> dict[str, Any]:
-    """Computed figures, each with its error: computed over measured, less one."""
-    weights = assessed.weights.total / GB
-    return {
-        "weights_gb": round(weights, 3),
-        "weights_error": _error(weights, result["weights_gb"]),
-        "decode": {
-            batch: {"ms": round(step.total, 4), **_parts(step), "error": _error(step.total, found["ms"])}
-            for (batch, found), step in zip(result["decode"].items(), assessed.decode.values(), strict=True)
-        },
-        "prefill": {
-            "ms": round(assessed.prefill.total, 4),
-            **_parts(assessed.prefill),
-            "error": _error(assessed.prefill.total, result["prefill"]["ms"]),
-        },
-    }
-
-
-def _parts(step: Any) -> dict[str, float]:
-    return {part: round(value, 4) for part, value in vars(step).items()}
-
-
-def _error(computed: float, measured: float) -> float | None:
-    return round(computed / measured - 1, 4) if measured > 0 else None
 
 
 def _failure(status: int, log: str) -> str:

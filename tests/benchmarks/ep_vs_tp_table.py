@@ -1,51 +1,55 @@
-"""The results of ep_vs_tp.py as Markdown rows for docs/planning.md: ``ep_vs_tp_table.py RESULTS.jsonl``."""
+"""The results of ep_vs_tp.py as Markdown rows: ``ep_vs_tp_table.py RESULTS.jsonl...``.
+
+A cell is measured / the planner's figure (error), in ms; where the link was measured, too, the planner's second figure
+and error are with that.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 
-def rows(line: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """(link, launch, what, measured, planner with built-in links, error, planner calibrated, error) of one launch."""
-    place = (line["link"], line["launch"] + ("" if line["cuda_graphs"] else " (eager)"))
+def launches(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """The lines of launches, in the order of the files; a later one of the same launch and link stands for both."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in paths:
+        for text in path.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            if line["kind"] == "launch":
+                place = (line["link"], line["launch"])
+                if place not in found or "error" in found[place]:
+                    found[place] = line
+    yield from found.values()
+
+
+def row(line: dict[str, Any]) -> list[str]:
+    """The cells of one launch."""
+    place = [line["link"], line["launch"] + ("" if line["cuda_graphs"] else " (eager)")]
     if "error" in line:
-        yield (*place, "", line["error"], "", "", "", "")
-        return
-    figures = line["planner"]
-    built_in, calibrated = figures["built_in"], figures.get("calibrated", {})
-    weights = (f"{line['weights_gb']:.2f} GB", f"{built_in['weights_gb']:.2f} GB", f"{built_in['weights_error']:+.1%}")
-    yield (*place, "weights a GPU", *weights, "", "")
-    for batch, found in line["decode"].items():
-        yield (*place, f"decode, batch {batch}", *_times(found, built_in["decode"][batch], calibrated, "decode", batch))
-    yield (*place, "prefill", *_times(line["prefill"], built_in["prefill"], calibrated, "prefill", None))
+        return [*place, line["error"]]
+    planner = line["planner"]
+    ways = [planner["built_in"], *([planner["calibrated"]] if "calibrated" in planner else [])]
+    decode = [_cell(found, [way["decode"][batch] for way in ways]) for batch, found in line["decode"].items()]
+    return [*place, *decode, _cell(line["prefill"], [way["prefill"] for way in ways])]
 
 
-def _times(
-    found: dict[str, Any], built_in: dict[str, Any], calibrated: dict[str, Any], part: str, batch: str | None
-) -> tuple[str, ...]:
-    measured = f"{found['ms']:.2f} ({found['least']:.2f} to {found['most']:.2f}) ms"
-    other = calibrated.get(part) or {}
-    other = other.get(batch, {}) if batch else other
-    return (measured, *_computed(built_in), *(_computed(other) if other else ("", "")))
-
-
-def _computed(figure: dict[str, Any]) -> tuple[str, str]:
-    return f"{figure['ms']:.2f} ms", "" if figure["error"] is None else f"{figure['error']:+.0%}"
+def _cell(found: dict[str, Any], computed: list[dict[str, Any]]) -> str:
+    spread = f"{found['ms']:.2f} ({found['least']:.2f} to {found['most']:.2f})"
+    return " / ".join([spread, *(f"{figure['ms']:.2f} ({figure['error']:+.0%})" for figure in computed)])
 
 
 def main() -> None:
-    """Print the table of a file."""
-    print("| link | launch | what | measured | planner | error | planner, calibrated | error |")
-    print("|---|---|---|---|---|---|---|---|")
-    for text in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        if line["kind"] == "launch":
-            for row in rows(line):
-                print("| " + " | ".join(row) + " |")
+    """Print the table of the files."""
+    rows = [row(line) for line in launches(map(Path, sys.argv[1:]))]
+    [batches] = {tuple(line["decode"]) for line in launches(map(Path, sys.argv[1:])) if "decode" in line}
+    print("| link | launch | " + " | ".join(f"decode, batch {batch}" for batch in batches) + " | prefill |")
+    print("|---" * (len(batches) + 3) + "|")
+    for cells in rows:
+        print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

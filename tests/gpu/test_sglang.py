@@ -143,7 +143,7 @@ def test_stock_deepep_stops_with_an_import_error(engines: Engines, note: Any) ->
     run = engines["bf16_stock_deepep"]
     note(status=run.status, errors=re.findall(r"\w+Error: .*", run.log)[:3])
     assert run.status != 0
-    assert "DeepEP is not available" in run.log or "No module named 'deep_ep'" in run.log
+    assert "ImportError: DeepEP is not" in run.log  # "installed" in 0.5.17, "available" in 0.5.23
 
 
 def test_stock_tp_refuses_blocks_that_do_not_divide(engines: Engines, note: Any) -> None:
