@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
 INK, MUTED, PAPER, LINE = "#1f2933", "#5f6c7b", "#ffffff", "#9aa5b1"
-COLOURS = ("#4c78a8", "#f2a154", "#5aa469", "#b07aa1")
+COLOURS = ("#4c78a8", "#f2a154", "#5aa469", "#b784ad")
 """One for each rank, told apart with red-green blindness, too; every rank is also labelled."""
 ON = (PAPER, INK, INK, INK)
 """Text on each of them: a contrast of 4.5 and more."""
