@@ -35,7 +35,7 @@ def test_patches_are_listed() -> None:
     status, out, _ = run("patches")
     assert status == 0
     assert "deepseek_v3" in out
-    assert "glm_moe_dsa" in out
+    assert "GlmMoeDsaForCausalLM" in out
 
 
 def test_a_selection_of_patches_is_listed() -> None:
@@ -55,12 +55,10 @@ def test_names_with_brackets_are_printed_whole(tmp_path: Path) -> None:
     folder = tmp_path / "a[b]c"
     folder.mkdir()
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
-    sizes |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "vocab_size": 64, "head_dim": 16}
+    sizes |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **sizes}))
-    for words in (("patches", "--model", str(folder)), ("plan", str(folder), "--gpus", "2", "--gpu", "L4")):
-        _, out, _ = run(*words)
-        assert str(folder) in out.replace("\n", "")
     _, out, _ = run("patches", "--model", str(folder))
+    assert str(folder) in out.replace("\n", "")
     assert "gate_up_proj [expert, hidden, 2 x size]" in out  # a hazard of the patch
 
 

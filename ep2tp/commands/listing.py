@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ep2tp.errors import Ep2tpError
 from ep2tp.model.facts import ModelFacts
@@ -19,13 +21,17 @@ from ep2tp.settings import Settings
 
 
 def print_families(families: Mapping[str, Family]) -> None:
-    """A table of the patches in force, and the engine versions whose model code each was compared with."""
-    table = _table("patch", "models", "model_type", "vLLM", "SGLang")
+    """The patches in force, one below the other, so that no name is cut at 80 columns or in a pipe."""
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for name, family in families.items():
-        types = "\n".join(family.match.model_types)
-        versions = ("\n".join(family.checked.get(engine, ())) or "none" for engine in ("vllm", "sglang"))
-        table.add_row(name, family.title, types, *versions)
-    Console(markup=False).print(table)
+        vllm, sglang = (
+            ", ".join(v) or "not checked" for v in (family.checked.get("vllm", ()), family.checked.get("sglang", ()))
+        )
+        matches = ", ".join((*family.match.model_types, *family.match.architectures))
+        table.add_row(Text(name, "bold"), Text(family.title))
+        table.add_row("  matches", Text(matches, "dim"))
+        table.add_row("  checked", Text(f"vLLM {vllm}; SGLang {sglang}", "dim"))
+    Console(highlight=False).print(table)
 
 
 def print_model(model: str, families: Mapping[str, Family], ranks: int | None) -> None:
@@ -35,25 +41,28 @@ def print_model(model: str, families: Mapping[str, Family], ranks: int | None) -
         ModelError, PatchError: the model cannot be read, or no patch matches.
     """
     facts = find_facts(model, families)
-    console = Console(markup=False, highlight=False)  # names have brackets
-    console.print(f"{model}: patch {facts.family.name} ({facts.family.title}), by {facts.matched_by}")
-    assumed = " ".join(facts.family.expert_parallel.split())
-    console.print(f"{facts.experts} experts, top {facts.top_k}; expert parallelism: {assumed}")
-    for hazard in facts.family.hazards:
-        console.print(f"- {hazard}")
+    console = Console(highlight=False)
+    console.print(f"{escape(model)}: patch [bold]{facts.family.name}[/] ({facts.family.title}), by {facts.matched_by}")
+    console.print(f"{facts.experts} experts, top {facts.top_k}")
+    notes = Table.grid(padding=(0, 1, 0, 0))
+    for note in (" ".join(facts.family.expert_parallel.split()), *facts.family.hazards):
+        notes.add_row("-", Text(note))
+    console.print(notes)
     console.print(_class_table(facts, ranks))
     if ranks is not None:
         plan = plan_shards(facts, ranks)
-        rows = padding_rows(plan)
-        for name, before, after, why in rows:
-            console.print(f"{name}: {before} -> {after}, {why}")
-        if not rows:
+        if rows := padding_rows(plan):
+            table = _table("padded", "before", "after", "why")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+        else:
             console.print(f"{ranks} ranks: slices are whole blocks as they are, nothing to pad")
 
 
 def print_changes(changes: Sequence[Change], facts: ModelFacts | None, why_no_facts: str, ranks: int) -> None:
     """The reason for each change of a command, and whether its model can do without the plugin at ``ranks``."""
-    console = Console(stderr=True, markup=False, highlight=False)
+    console = Console(stderr=True)
     if not changes:
         console.print("The command does not ask for expert parallelism; nothing changed.")
         return
@@ -93,6 +102,6 @@ def _class_table(facts: ModelFacts, ranks: int | None) -> Table:
 
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column is columns[0])
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=i == 0)
     return table

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -33,8 +32,8 @@ def _print_header(console: Console, question: Question) -> None:
     formats = ", ".join(dict.fromkeys(c.format_names for c in facts.classes))
     estimate = ", attention estimated" if inventory.attention.is_estimate and inventory.source == "config.json" else ""
     console.print(
-        f"[bold]{escape(facts.source)}[/]: {facts.experts} experts, top {facts.top_k}, hidden {facts.hidden}, "
-        f"{formats}; {inventory.total(facts) / GB:.1f} GB of weights ({inventory.source}{estimate})"
+        f"[bold]{facts.source}[/]: {facts.experts} experts, top {facts.top_k}, hidden {facts.hidden}, {formats}; "
+        f"{inventory.total(facts) / GB:.1f} GB of weights ({inventory.source}{estimate})"
         + (f", MTP {inventory.mtp / GB:.1f} GB more" if inventory.mtp else "")
     )
     console.print(
