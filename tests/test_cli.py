@@ -51,17 +51,6 @@ def test_a_model_is_matched_with_the_reason_and_its_slices(model: Path) -> None:
         assert part in out
 
 
-def test_names_with_brackets_are_printed_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "a[b]c"
-    folder.mkdir()
-    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
-    sizes |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", **sizes}))
-    _, out, _ = run("patches", "--model", str(folder))
-    assert str(folder) in out.replace("\n", "")
-    assert "gate_up_proj [expert, hidden, 2 x size]" in out  # a hazard of the patch
-
-
 def test_rewrite_prints_the_command_alone_on_stdout(model: Path) -> None:
     status, out, err = run("rewrite", "--", "vllm", "serve", str(model), "-dp", "4", "-ep")
     assert status == 0

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from ep2tp.errors import Ep2tpError
 from ep2tp.model.facts import ModelFacts
@@ -21,17 +19,13 @@ from ep2tp.settings import Settings
 
 
 def print_families(families: Mapping[str, Family]) -> None:
-    """The patches in force, one below the other, so that no name is cut at 80 columns or in a pipe."""
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    """A table of the patches in force."""
+    table = _table("patch", "models", "matches", "vLLM versions checked", "SGLang")
     for name, family in families.items():
-        vllm, sglang = (
-            ", ".join(v) or "not checked" for v in (family.checked.get("vllm", ()), family.checked.get("sglang", ()))
-        )
         matches = ", ".join((*family.match.model_types, *family.match.architectures))
-        table.add_row(Text(name, "bold"), Text(family.title))
-        table.add_row("  matches", Text(matches, "dim"))
-        table.add_row("  checked", Text(f"vLLM {vllm}; SGLang {sglang}", "dim"))
-    Console(highlight=False).print(table)
+        versions = (", ".join(family.checked.get(engine, ())) or "none" for engine in ("vllm", "sglang"))
+        table.add_row(name, family.title, matches, *versions)
+    Console().print(table)
 
 
 def print_model(model: str, families: Mapping[str, Family], ranks: int | None) -> None:
@@ -41,22 +35,20 @@ def print_model(model: str, families: Mapping[str, Family], ranks: int | None) -
         ModelError, PatchError: the model cannot be read, or no patch matches.
     """
     facts = find_facts(model, families)
-    console = Console(highlight=False)
-    console.print(f"{escape(model)}: patch [bold]{facts.family.name}[/] ({facts.family.title}), by {facts.matched_by}")
-    console.print(f"{facts.experts} experts, top {facts.top_k}")
-    notes = Table.grid(padding=(0, 1, 0, 0))
-    for note in (" ".join(facts.family.expert_parallel.split()), *facts.family.hazards):
-        notes.add_row("-", Text(note))
-    console.print(notes)
+    console = Console()
+    console.print(f"{model}: patch [bold]{facts.family.name}[/] ({facts.family.title}), by {facts.matched_by}")
+    console.print(
+        f"{facts.experts} experts, top {facts.top_k}; expert parallelism: {facts.family.expert_parallel.strip()}"
+    )
+    for hazard in facts.family.hazards:
+        console.print(f"- {hazard}")
     console.print(_class_table(facts, ranks))
     if ranks is not None:
         plan = plan_shards(facts, ranks)
-        if rows := padding_rows(plan):
-            table = _table("padded", "before", "after", "why")
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
-        else:
+        rows = padding_rows(plan)
+        for row in rows:
+            console.print("padded: " + "  ".join(row))
+        if not rows:
             console.print(f"{ranks} ranks: slices are whole blocks as they are, nothing to pad")
 
 
@@ -102,6 +94,6 @@ def _class_table(facts: ModelFacts, ranks: int | None) -> Table:
 
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=i == 0)
+    for column in columns:
+        table.add_column(column, overflow="fold")
     return table
