@@ -3,6 +3,7 @@
 # make test          sets both up, then passes the tests
 # make lint          style, types, and the workflows
 # make package       builds the wheel and the sdist into dist/, and checks what an index would refuse
+# make docs          builds the documentation into site/, links and anchors checked
 #
 # Both run on PyTorch's CPU build. Where pip's own index has only CUDA builds of torch, name PyTorch's:
 #   make demo EXTRA_INDEX=https://download.pytorch.org/whl/cpu
@@ -10,13 +11,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_SGLANG ?= .venv-sglang
+VENV_DOCS ?= .venv-docs
 EXTRA_INDEX ?=
 TESTS_SGLANG ?= $(wildcard tests/engines/test_sglang_*.py)
 INSTALL = --disable-pip-version-check install $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
 PIP = $(VENV)/bin/pip $(INSTALL)
 PIP_SGLANG = $(VENV_SGLANG)/bin/pip $(INSTALL)
+PIP_DOCS = $(VENV_DOCS)/bin/pip $(INSTALL)
 
-.PHONY: demo demo-sglang test test-vllm test-kernels test-sglang lint package clean
+.PHONY: demo demo-sglang test test-vllm test-kernels test-sglang lint package docs clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/ep2tp demo
@@ -37,8 +40,8 @@ test-sglang: $(VENV_SGLANG)/ready
 	$(VENV_SGLANG)/bin/python -m pytest $(TESTS_SGLANG)
 
 lint: $(VENV)/ready
-	$(VENV)/bin/ruff check ep2tp tests examples
-	$(VENV)/bin/ruff format --check ep2tp tests examples
+	$(VENV)/bin/ruff check ep2tp tests docs examples
+	$(VENV)/bin/ruff format --check ep2tp tests docs examples
 	$(VENV)/bin/mypy
 	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(VENV)/bin/zizmor --offline --quiet .github
@@ -47,6 +50,9 @@ package: $(VENV)/ready
 	rm -rf dist
 	$(VENV)/bin/python -m build
 	$(VENV)/bin/twine check --strict dist/*
+
+docs: $(VENV_DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build --strict
 
 # torchvision, torchaudio and torchcodec come as CUDA builds, which cannot be imported beside PyTorch's CPU build.
 $(VENV)/ready: pyproject.toml Makefile
@@ -73,5 +79,11 @@ $(VENV_SGLANG)/ready: pyproject.toml Makefile $(wildcard tests/engines/sglang_cp
 	$(PIP_SGLANG) --editable '.[test]'
 	touch $@
 
+$(VENV_DOCS)/ready: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ep2tp needs Python 3.11 or later")'
+	$(PYTHON) -m venv $(VENV_DOCS)
+	$(PIP_DOCS) --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_SGLANG) .wheel-sources dist
+	rm -rf $(VENV) $(VENV_SGLANG) $(VENV_DOCS) .wheel-sources dist site

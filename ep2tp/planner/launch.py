@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ep2tp.planner.compare import Assessment, Question
-from ep2tp.planner.layouts import Layout
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,9 @@ def _vllm(question: Question, assessed: Assessment) -> Launch:
         "DEP": ["--data-parallel-size", str(layout.dp), "--enable-expert-parallel"],
         "TPxPP": ["--tensor-parallel-size", str(layout.tp), "--pipeline-parallel-size", str(layout.pp)],
     }[layout.plan]
-    mode = {"EP2TP": "on" if not _keeps_ep(layout) else "auto" if _is_padded(assessed) else "off"}
-    if _keeps_ep(layout) and _is_padded(assessed):
-        note = "EP2TP=auto rewrites to TP without NVLink; keep whole experts with a checkpoint from ep2tp reshard"
     context = ["--max-model-len", str(question.context)]
-    return Launch(mode | variables, ("vllm", "serve", model, *sizes, *context, *flags), note)
+    command = ("vllm", "serve", model, *sizes, *context, *flags)
+    return Launch(_mode(assessed) | variables, command, _note(assessed, note))
 
 
 def _sglang(question: Question, assessed: Assessment) -> Launch:
@@ -81,12 +78,20 @@ def _sglang(question: Question, assessed: Assessment) -> Launch:
         "TPxPP": ["--tp-size", str(layout.tp), "--pp-size", str(layout.pp)],
         "TPxEP": ["--tp-size", ranks, "--ep-size", str(layout.ep)],
     }[layout.plan]
-    if _is_padded(assessed) and any(b.engine == "SGLang" and b.outcome != "runs" for b in assessed.stock):
-        slices = max(layout.slices, layout.attention_ranks)
-        note = f"first: ep2tp reshard {shlex.quote(model)} PADDED --tp {slices}, then serve PADDED"
-        model = "PADDED"
-    command = ("python", "-m", "sglang.launch_server", "--model-path", model, *sizes)
-    return Launch(variables, (*command, "--context-length", str(question.context), *flags), note)
+    command = ("sglang", "serve", "--model-path", model, *sizes, "--context-length", str(question.context), *flags)
+    return Launch(_mode(assessed) | variables, command, _note(assessed, note))
+
+
+def _mode(assessed: Assessment) -> dict[str, str]:
+    if not assessed.layout.holds_whole_experts:
+        return {"EP2TP": "on"}
+    return {"EP2TP": "auto" if _is_padded(assessed) else "off"}
+
+
+def _note(assessed: Assessment, note: str) -> str:
+    if assessed.layout.holds_whole_experts and _is_padded(assessed):
+        return "EP2TP=auto rewrites to TP without NVLink; keep whole experts with a checkpoint from ep2tp reshard"
+    return note
 
 
 def _servable(source: str) -> str:
@@ -95,10 +100,6 @@ def _servable(source: str) -> str:
     if not path.is_file():
         return source
     return str(path.parent) if path.name == "config.json" else "MODEL"
-
-
-def _keeps_ep(layout: Layout) -> bool:
-    return layout.plan in ("TEP", "DEP")
 
 
 def _is_padded(assessed: Assessment) -> bool:

@@ -104,10 +104,10 @@ def test_commands_mean_the_plan_that_they_are_for(plan: str, link: str) -> None:
         assert any(word.startswith("NCCL_") for word in words) == (link != "nvlink")
 
 
-def test_sglang_is_given_a_padded_checkpoint_where_it_would_refuse_the_original() -> None:
+def test_both_engines_are_told_to_pad_and_to_slice() -> None:
     question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 4)
-    launches = advise(question, [plans["TP 4"]]).commands
-    assert "ep2tp reshard" in launches["sglang"].note
-    assert "PADDED" in launches["sglang"].command
-    question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 2)
-    assert "reshard" not in advise(question, [plans["TP 2"]]).commands["sglang"].note
+    for launch in advise(question, [plans["TP 4"]]).commands.values():
+        assert launch.environment["EP2TP"] == "on"
+        assert "Qwen3-30B-A3B" in launch.command
+    for launch in advise(question, [plans["TEP 4"]]).commands.values():
+        assert launch.environment["EP2TP"] == "off"

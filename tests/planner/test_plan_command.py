@@ -97,7 +97,7 @@ def test_verdict_in_json(tmp_path: Path) -> None:
     assert verdict["reasons"]
     assert verdict["commands"]["vllm"].startswith("EP2TP=")
     assert f"vllm serve {tmp_path}" in verdict["commands"]["vllm"]
-    assert "sglang.launch_server" in verdict["commands"]["sglang"]
+    assert "sglang serve" in verdict["commands"]["sglang"]
     assert found["label"].startswith("computed")
 
 

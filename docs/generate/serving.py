@@ -1,0 +1,190 @@
+"""The serving guides: what of each model fits 2, 4 and 8 GPUs under tensor parallelism, and the commands.
+
+Everything comes from the planner, asked as ``ep2tp plan config.json`` asks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+from docs.generate.markdown import table
+from docs.generate.published import PAGES, Checkpoint, Served
+from ep2tp.planner.advise import Verdict, advise
+from ep2tp.planner.compare import Assessment, Question, assess_all
+from ep2tp.planner.gpus import find_gpu
+from ep2tp.planner.launch import launches
+from ep2tp.planner.links import built_in
+from ep2tp.planner.memory import GB
+from tests.planner.models import model
+
+SIZES = (2, 4, 8)
+GPUS = {
+    "RTX 5090": "5090, 32&nbsp;GB",
+    "L40S": "L40S, 48&nbsp;GB",
+    "A100 80GB PCIe": "A100, 80&nbsp;GB",
+    "RTX PRO 6000": "PRO 6000, 96&nbsp;GB",
+}
+EXAMPLE = "RTX PRO 6000"
+LINK = "pcie5"
+CONTEXT = 8192
+HOW = f"""
+Every figure on this page is **computed** by `ep2tp plan` from the model's `config.json`, for a context of {CONTEXT:,}
+tokens and link `{LINK}`; none was measured. How the figures come about: [planning](../../planning.md). On your machine:
+
+    ep2tp plan MODEL --gpus 4 --gpu 'RTX PRO 6000' --link pcie5 --context 32768
+
+The tables show plain tensor parallelism: GB of weights a GPU, how much ep2tp's padding adds to the MLP weights, and for
+each kind of GPU how many sequences of {CONTEXT:,} tokens fit beside the weights ("no": the weights and one sequence do
+not fit). A published recipe with expert parallelism runs as these commands do, without being edited, once ep2tp is
+installed and `EP2TP` is `auto` (without NVLink) or `on`."""
+
+
+def pages() -> dict[str, str]:
+    """The text of each page by its name; ``index`` lists what fits."""
+    found = {name: _page(title, models) for name, (title, models) in PAGES.items()}
+    return {"index": _index(), **found}
+
+
+def _page(title: str, models: tuple[Served, ...]) -> str:
+    parts = [f"# {title} without NVLink", _COMMENT + HOW]
+    for served in models:
+        parts += list(_model(served))
+    return "\n\n".join(parts) + "\n"
+
+
+_COMMENT = "<!-- written by python -m docs.generate; edit docs/generate/serving.py -->\n"
+
+
+def _model(served: Served) -> Iterator[str]:
+    facts, _ = model(served.name, served.checkpoints[0].form)
+    sizes = ", ".join(f"{c.name} {c.size}" for c in facts.classes)
+    yield f"## {served.title}"
+    yield (
+        f"{facts.experts} experts, top {facts.top_k}, hidden {facts.hidden}, {facts.layers} layers; "
+        f"MLP sizes: {sizes}. Patch [`{facts.family.name}`](../../reference/support.md#patches)."
+    )
+    yield "\n".join(f"- {hazard}" for hazard in facts.family.hazards)
+    for checkpoint in served.checkpoints:
+        yield from _checkpoint(served, checkpoint)
+
+
+def _checkpoint(served: Served, checkpoint: Checkpoint) -> Iterator[str]:
+    name = f"`{checkpoint.hub}`" if checkpoint.hub else "any checkpoint in this format"
+    _, inventory = model(served.name, checkpoint.form)
+    facts, _ = model(served.name, checkpoint.form)
+    if len(served.checkpoints) > 1:
+        yield f"### {served.title}, {checkpoint.form}"
+    yield f"{name}, {checkpoint.form}: {inventory.total(facts) / GB:.1f} GB of weights."
+    yield table(
+        ("GPUs", "GB a GPU", "padding", *GPUS.values()),
+        [_row(served, checkpoint, gpus) for gpus in SIZES],
+        range(1, 3 + len(GPUS)),
+    )
+    for gpus in SIZES:
+        _, _, tp, _ = _ask(served, checkpoint, gpus, EXAMPLE)
+        if tp.blockers:
+            yield f"{gpus} GPUs: {tp.blockers[0]}; nothing pads those, whatever the GPU."
+    fitting = [asked for gpus in SIZES if (asked := _ask(served, checkpoint, gpus, EXAMPLE))[2].runs]
+    if not fitting:
+        yield (
+            f"Tensor parallelism does not run on {SIZES[0]} to {SIZES[-1]} {EXAMPLE}: more GPUs, or "
+            "[several machines](../multi-node.md)."
+        )
+        return
+    yield _commands(fitting)
+    yield from _notes(fitting)
+
+
+@cache
+def _ask(
+    served: Served, checkpoint: Checkpoint, gpus: int, gpu: str
+) -> tuple[Question, list[Assessment], Assessment, Verdict]:
+    facts, inventory = model(served.name, checkpoint.form)
+    facts = replace(facts, source=checkpoint.hub or "MODEL")
+    question = Question(facts, inventory, gpus, find_gpu(gpu), built_in()[LINK], context=CONTEXT)
+    assessed = assess_all(question)
+    return question, assessed, next(a for a in assessed if a.layout.plan == "TP"), advise(question, assessed)
+
+
+def _row(served: Served, checkpoint: Checkpoint, gpus: int) -> tuple[str, ...]:
+    fits = []
+    for gpu in GPUS:
+        _, _, tp, _ = _ask(served, checkpoint, gpus, gpu)
+        fits.append(f"{tp.sequences:,}" if tp.runs else "no")
+    if tp.blockers:
+        return (str(gpus), "—", "—", *["no"] * len(GPUS))
+    padding = f"+{tp.weights.padding_share:.0%}" if tp.weights.padding_share >= 0.005 else "none"
+    return (str(gpus), f"{tp.weights.total / GB:.1f}", padding, *fits)
+
+
+def _commands(fitting: list[tuple[Question, list[Assessment], Assessment, Verdict]]) -> str:
+    blocks = []
+    for engine, name in (("vllm", "vLLM"), ("sglang", "SGLang")):
+        lines = [
+            f"    # {question.gpus} x {EXAMPLE}\n    {_wrapped(str(launches(question, tp)[engine]))}"
+            for question, _, tp, _ in fitting
+        ]
+        body = "\n\n".join(lines)
+        blocks.append(f'=== "{name}"\n\n    ```bash\n{body}\n    ```')
+    return "\n\n".join(blocks)
+
+
+def _wrapped(command: str) -> str:
+    """The command over two lines: variables and model, then the flags that say how."""
+    head, flag, tail = command.partition(" --t")
+    return f"{head} \\\n        {flag.strip()}{tail}"
+
+
+def _notes(fitting: list[tuple[Question, list[Assessment], Assessment, Verdict]]) -> Iterator[str]:
+    facts = fitting[0][0].facts
+    unread = [name for key, name in (("vllm", "vLLM"), ("sglang", "SGLang")) if key not in facts.family.checked]
+    if unread:
+        yield f"The model code of {unread[0]} was not compared with this patch."
+    other = [
+        f"{question.gpus} GPUs: {verdict.best.layout}"
+        for question, _, tp, verdict in fitting
+        if verdict.best is not None and verdict.best is not tp
+    ]
+    if other:
+        batches = ", ".join(map(str, fitting[0][0].batches))
+        yield (
+            f"Over batches {batches}, the planner computes a shorter decode step for another plan, on "
+            f"{'; '.join(other)}: [choosing a plan](../choosing-a-plan.md)."
+        )
+
+
+def _index() -> str:
+    rows = [
+        (f"[{served.title}]({page}.md)", checkpoint.form, *_least(served, checkpoint))
+        for page, (_, models) in PAGES.items()
+        for served in models
+        for checkpoint in served.checkpoints
+    ]
+    return (
+        "\n\n".join(
+            [
+                "# Serving without NVLink: what fits",
+                _COMMENT
+                + f"""
+The fewest GPUs of a machine, of 2, 4 and 8, on which a model runs with plain tensor parallelism, by kind of GPU:
+weights, and one sequence of {CONTEXT:,} tokens. "—": not on 8. **Computed** by the planner from each model's
+`config.json`, not measured; the pages have the weights a GPU, the sequences that fit, and the commands.""",
+                table(("model", "format", *GPUS.values()), rows, range(2, 2 + len(GPUS))),
+                """
+Models that are not listed: `ep2tp plan MODEL --gpus N --gpu NAME` answers for every family of the
+[supported models](../../reference/support.md), from the checkpoint itself. A plan with pipeline stages sometimes fits
+where tensor parallelism does not: [choosing a plan](../choosing-a-plan.md).""".strip(),
+            ]
+        )
+        + "\n"
+    )
+
+
+def _least(served: Served, checkpoint: Checkpoint) -> list[str]:
+    found = []
+    for gpu in GPUS:
+        runs = (gpus for gpus in SIZES if _ask(served, checkpoint, gpus, gpu)[2].runs)
+        found.append(str(next(runs, "—")))
+    return found

@@ -1,0 +1,62 @@
+"""The generated pages say what the code says now."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.generate.__main__ import ROOT, stale
+from docs.generate.pages import BEGIN, all_pages, between
+from docs.generate.published import PAGES
+from ep2tp.layout.split import Split
+from ep2tp.model.families import load_families
+from tests.planner.models import MODELS
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    assert not stale(), "run python -m docs.generate, from the repository"
+
+
+def test_a_page_that_was_edited_by_hand_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for path, text in all_pages(ROOT).items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text, encoding="utf-8")
+    monkeypatch.setattr("docs.generate.__main__.ROOT", tmp_path)
+    assert not stale()
+    page = tmp_path / "docs/guides/serving/qwen.md"
+    page.write_text(page.read_text(encoding="utf-8").replace("+33%", "+3%", 1), encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text(readme.read_text(encoding="utf-8").replace("| all |", "| none |", 1), encoding="utf-8")
+    assert sorted(stale()) == ["README.md", "docs/guides/serving/qwen.md"]
+
+
+def test_markers_that_are_gone_are_an_error() -> None:
+    with pytest.raises(ValueError, match="end support"):
+        between(BEGIN.format(name="support"), "support", "")
+
+
+def test_the_serving_pages_cover_every_model_that_the_planner_knows() -> None:
+    served = {model.name for _, models in PAGES.values() for model in models}
+    same_shape = {
+        "DeepSeek-V2": "too large to be of use here",
+        "Kimi-VL-A3B": "Moonlight's",
+        "Llama-4-Maverick": "Scout's",
+    }
+    assert served | set(same_shape) == set(MODELS)
+
+
+def test_the_readme_names_every_patch() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [family.title for family in load_families().values() if family.title not in readme] == []
+
+
+def test_padded_sizes_of_the_concept_page_are_the_codes() -> None:
+    page = (ROOT / "docs/concepts/blocks.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]+\| (\d+) \| (\d+) \| (\d+) \| (none|\+[\d.]+%) \|$", page, re.MULTILINE)
+    assert len(rows) == 5
+    for size, ranks, padded, cost in rows:
+        split = Split.of_blocks(int(size), 128, int(ranks))
+        assert split.padded == int(padded)
+        assert cost == ("none" if split.is_exact else f"+{split.overhead:.1%}")
