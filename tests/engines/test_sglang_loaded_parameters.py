@@ -62,6 +62,7 @@ LINEAR_FORMATS = [
     quantised.INT4_GROUP128,
     quantised.COMPRESSED_NVFP4,
     quantised.MODELOPT_NVFP4,
+    quantised.MXFP8,
 ]
 ROUTED_FORMATS = [
     *LINEAR_FORMATS,
@@ -100,11 +101,13 @@ def as_rank(rank: int, ranks: int) -> Iterator[None]:
         yield
 
 
-def sglang_quantisation(stored: Stored) -> Any:
+def sglang_quantisation(stored: Stored, name: str | None = None) -> Any:
+    """SGLang's config for a checkpoint; ``name`` is what ``--quantization`` says."""
     if stored.quantization is None:
         return None
     method = stored.quantization["quant_method"]
-    config = get_quantization_config(QUANTISATION_NAMES.get(method, method)).from_config(dict(stored.quantization))
+    name = name or QUANTISATION_NAMES.get(method, method)
+    config = get_quantization_config(name).from_config(dict(stored.quantization))
     config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}  # as SGLang's model loader does
     if stored is quantised.DEEPSEEK_V4_MXFP4:
         config.is_fp4_experts = True  # likewise
@@ -176,7 +179,7 @@ def assert_reassembled(slices: list[torch.Tensor], original: torch.Tensor, axis:
 class Experts:
     """SGLang's layer for one rank of a model whose config says ``size``."""
 
-    def __init__(self, stored: Stored, size: int, rank: int, ranks: int) -> None:
+    def __init__(self, stored: Stored, size: int, rank: int, ranks: int, quantisation: str | None = None) -> None:
         self.stored = stored
         self.prefix, names = routed_names(stored)
         self.mapping = FusedMoE.make_expert_params_mapping(names["gate"], names["down"], names["up"], EXPERTS)
@@ -188,7 +191,7 @@ class Experts:
                 layer_id=1,
                 top_k=1,
                 params_dtype=torch.bfloat16,
-                quant_config=sglang_quantisation(stored),
+                quant_config=sglang_quantisation(stored, quantisation),
                 prefix=self.prefix,
             )
             assert not self.layer.use_padded_loading
@@ -326,8 +329,13 @@ def test_other_mlps_hold_the_original(stored: Stored, size: int, ranks: int, cla
 
 @pytest.mark.parametrize(
     ("stored", "size", "ranks", "lost"),
-    [(quantised.INT4_GROUP128, 1536, 8, 128), (quantised.MODELOPT_NVFP4, 704, 8, 16)],
-    ids=["int4-192-a-rank", "nvfp4-88-a-rank"],
+    [
+        (quantised.INT4_GROUP128, 1536, 8, 128),
+        (quantised.MODELOPT_NVFP4, 704, 8, 16),
+        (quantised.COMPRESSED_NVFP4, 704, 8, 16),
+        (quantised.COMPRESSED_MXFP4, 2304, 16, 32),
+    ],
+    ids=["int4-192-a-rank", "nvfp4-88-a-rank", "compressed-nvfp4-88-a-rank", "compressed-mxfp4-144-a-rank"],
 )
 def test_sglang_alone_loads_wrong_scales_in_silence(stored: Stored, size: int, ranks: int, lost: int) -> None:
     """The last rank's slice begins within a group, and has room for one scale too few: no error, wrong values."""
@@ -336,11 +344,25 @@ def test_sglang_alone_loads_wrong_scales_in_silence(stored: Stored, size: int, r
     layer.load(routed_checkpoint(stored, experts))
     per_rank = size // ranks
     scales = layer.layer.w2_weight_scale.data[0]
-    assert scales.shape[0 if stored in FLIPPED else 1] == per_rank // lost  # 1.5 or 5.5 groups, rounded down
+    assert scales.shape[0 if stored in FLIPPED else 1] == per_rank // lost  # 1.5, 5.5 or 4.5 groups, rounded down
     original = experts[0]["down"][".weight_scale"].float()
     held = (scales.t() if stored in FLIPPED else scales).float()
     first = per_rank * (ranks - 1) // lost  # the group of this rank's first column
     assert not torch.equal(held, original[:, first : first + held.shape[1]])
+
+
+def test_sglang_alone_gives_gptq_room_for_the_scales_of_all_ranks() -> None:
+    """Why ep2tp refuses Marlin for GPTQ: the kernel divides a slice's columns by the scales, 1024 by 16 here."""
+    size, ranks, group = 2048, 2, 128
+    experts = [make_mlp(quantised.GPTQ, size, expert) for expert in range(EXPERTS)]
+    layer = Experts(quantised.GPTQ, size, 1, ranks, quantisation="gptq_marlin")
+    layer.load(routed_checkpoint(quantised.GPTQ, experts))
+    held, original = layer.layer.w2_scales.data[0], experts[0]["down"][".scales"]
+    columns = 8 * layer.layer.w2_qweight.shape[1]
+    own = columns // group
+    assert (columns // held.shape[0], own) == (64, 8)
+    assert torch.equal(held[:own], original[own:].half())
+    assert not held[own:].any()
 
 
 def test_sglang_alone_refuses_fp8_blocks_that_do_not_divide() -> None:
