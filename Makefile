@@ -15,7 +15,7 @@ INSTALL = --disable-pip-version-check install $(if $(EXTRA_INDEX),--extra-index-
 PIP = $(VENV)/bin/pip $(INSTALL)
 PIP_SGLANG = $(VENV_SGLANG)/bin/pip $(INSTALL)
 
-.PHONY: demo demo-sglang test test-vllm test-sglang lint clean
+.PHONY: demo demo-sglang test test-vllm test-kernels test-sglang lint clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/ep2tp demo
@@ -23,10 +23,14 @@ demo: $(VENV)/ready
 demo-sglang: $(VENV_SGLANG)/ready
 	$(VENV_SGLANG)/bin/ep2tp demo --engine sglang
 
-test: test-vllm test-sglang
+test: test-vllm test-kernels test-sglang
 
 test-vllm: $(VENV)/ready
 	$(VENV)/bin/python -m pytest $(TESTS)
+
+# Triton's interpreter is chosen when triton is imported, so that its tests have a process of their own.
+test-kernels: $(VENV)/ready
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/kernels
 
 test-sglang: $(VENV_SGLANG)/ready
 	$(VENV_SGLANG)/bin/python -m pytest $(TESTS_SGLANG)

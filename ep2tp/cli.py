@@ -10,6 +10,7 @@ import click
 from ep2tp import __version__
 from ep2tp.checkpoint.commands import reshard_command, verify_command
 from ep2tp.commands.plan import plan_command
+from ep2tp.commands.tune import tune_command
 from ep2tp.doctor.commands import doctor_command
 from ep2tp.errors import Ep2tpError
 from ep2tp.observe.commands import detect_command
@@ -88,4 +89,5 @@ main.add_command(detect_command)
 main.add_command(doctor_command)
 main.add_command(plan_command)
 main.add_command(reshard_command)
+main.add_command(tune_command)
 main.add_command(verify_command)

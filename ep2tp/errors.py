@@ -39,3 +39,7 @@ class GuardError(Ep2tpError, ImportError):
 
 class SourceError(Ep2tpError, ValueError):
     """A log, trace, server or process cannot be read."""
+
+
+class OperandError(Ep2tpError, ValueError):
+    """The kernel was given a tensor of a shape, dtype or layout that it does not take."""

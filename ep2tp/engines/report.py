@@ -25,7 +25,16 @@ def log_launch(
     unchecked = plan is not None and bool(plan.unchecked)
     level = logging.WARNING if decision.is_warning or unchecked else logging.INFO
     if changes or unchecked or (plan is not None and (plan.is_padded or plan.left_to_engine)):
-        text = launch_report(title, changes, plan, f"the engine's (EP2TP_KERNEL={kernel})")
+        text = launch_report(title, changes, plan, _whose(kernel, bool(changes)))
     else:
         text = title + ("" if plan is None else "; nothing to pad")
     logger.log(level, "%s", text, stacklevel=2)  # the line names the plugin
+
+
+def _whose(kernel: Kernel, is_rewritten: bool) -> str:
+    """Whose kernel runs; by what a layer is stored as once it is loaded, which a worker logs, in a rewritten launch."""
+    if kernel is Kernel.EP2TP:
+        return "ep2tp's (EP2TP_KERNEL=ep2tp)"
+    if kernel is Kernel.AUTO and is_rewritten:
+        return "the faster one (EP2TP_KERNEL=auto), see 'ep2tp kernel:' once the weights are loaded"
+    return f"the engine's (EP2TP_KERNEL={kernel})"

@@ -1,66 +1,99 @@
-"""Where a kernel of ep2tp's own would go into SGLang: around ``FusedMoE.run_moe_core``, shown with a plain torch one.
+"""ep2tp's kernel on SGLang's own FusedMoE layer and dispatcher, with plain torch standing in for Triton.
 
-The layer, the dispatcher and the function that is wrapped are SGLang's own; only the experts' arithmetic is replaced.
-No engine is started.
+No engine is started here; ``test_sglang_kernel.py`` runs one.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("sglang")
 
-CHILD = '''
+STAND_IN = Path(__file__).parent / "kernel_stand_in"
+CHILD = """
+import logging
+import re
 from types import SimpleNamespace
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.runtime_context import get_context, get_parallel
 
-from ep2tp.engines.sglang.seams import KERNEL
+from ep2tp.engines.sglang import kernel
+from ep2tp.errors import LaunchError
+from ep2tp.kernels import configs, tuned_configs
+from ep2tp.kernels.operands import WeightFormat
+from ep2tp.settings import Kernel
 
-EXPERTS, TOP_K, TOKENS, HIDDEN, SIZE = 4, 2, 5, 32, 24
-calls = []
-
-
-def reference(wrapped, layer, args, kwargs):
-    """Each token through its experts, one by one, on the slices that this rank holds."""
-    dispatched = kwargs.get("dispatch_output") or args[0]
-    chosen = dispatched.topk_output
-    calls.append(tuple(dispatched.hidden_states.shape))
-    output = torch.zeros_like(dispatched.hidden_states)
-    for token, values in enumerate(dispatched.hidden_states):
-        for weight, expert in zip(chosen.topk_weights[token], chosen.topk_ids[token]):
-            gate, up = (layer.w13_weight[expert] @ values).chunk(2)
-            output[token] += weight * (layer.w2_weight[expert] @ (torch.nn.functional.silu(gate) * up))
-    return StandardCombineInput(hidden_states=output)
-
-
+EXPERTS, TOP_K, TOKENS, HIDDEN, SIZE = 4, 2, 5, 32, 48
+lines = []
+kernel.logger.addHandler(SimpleNamespace(level=0, handle=lambda record: lines.append(record.getMessage())))
+kernel.logger.setLevel(logging.INFO)
+arguments = SimpleNamespace(enable_lora=False, lora_paths=None, enable_deterministic_inference=False)
+bf16 = WeightFormat("bf16")
 torch.manual_seed(0)
 published = get_context().override_server_args(model_path="dummy", tp_size=1, device="cpu")
 alone = {"tp_rank": 0, "moe_tp_rank": 0, "moe_ep_rank": 0, "tp_group": SimpleNamespace(world_size=1)}
-with torch.no_grad(), published, get_parallel().override(**alone):
-    layer = FusedMoE(EXPERTS, HIDDEN, SIZE, layer_id=0, top_k=TOP_K, params_dtype=torch.float32)
-    for parameter in layer.parameters():
+
+
+def layer(**options):
+    made = FusedMoE(EXPERTS, HIDDEN, SIZE, layer_id=0, top_k=TOP_K, params_dtype=torch.float32, **options)
+    for parameter in made.parameters():
         parameter.normal_()
+    return torch.nn.ModuleDict({"experts": made})
+
+
+with torch.no_grad(), published, get_parallel().override(**alone):
+    model = layer(routed_scaling_factor=2.5)
     weights, ids = torch.rand(TOKENS, EXPERTS).topk(TOP_K)
     chosen = StandardTopKOutput(weights, ids.int(), torch.zeros(TOKENS, EXPERTS))
     values = torch.randn(TOKENS, HIDDEN)
-    stock = layer(values.clone(), chosen)
-    assert not calls
-    KERNEL.wrap(reference)
-    ours = layer(values.clone(), chosen)
-torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-3)  # values of up to some hundreds
-print("CALLS", calls)
-'''
+    stock = model["experts"](values.clone(), chosen)
+    kernel.install(model, Kernel.AUTO, arguments)
+    assert "the engine's: no table of cpu says that ep2tp's is faster on E=4 K=32 I=48 top 2 bf16" in lines.pop()
+    assert "run_moe_core" not in vars(model["experts"])
+    kernel.install(model, Kernel.EP2TP, arguments)
+    assert lines.pop() == "ep2tp kernel: 1 MoE layers: ep2tp's on E=4 K=32 I=48 top 2 bf16, cpu"
+    ours = model["experts"](values.clone(), chosen)
+    filled = StandardTopKOutput(weights, torch.where(torch.arange(TOKENS)[:, None] < 3, ids, -1).int(), None)
+    part = model["experts"](values.clone(), filled)
+    torch.testing.assert_close(part[:3], ours[:3], rtol=0, atol=0)
+    path = tuned_configs.user_folder() / configs.file_name("cpu", "bf16")
+    tuned_configs.write_table(path, {(EXPERTS, HIDDEN, SIZE, TOP_K): [(2, configs.default(bf16, 2, (9, 0)))]})
+    tuned_configs._read_cached.cache_clear()
+    other = layer(routed_scaling_factor=2.5)
+    other["experts"].load_state_dict(model["experts"].state_dict())
+    kernel.install(other, Kernel.AUTO, arguments)
+    assert lines.pop().startswith("ep2tp kernel: 1 MoE layers: ep2tp's for M<=2, the engine's above on E=4")
+    few = StandardTopKOutput(*(tensor[:2] for tensor in chosen))
+    torch.testing.assert_close(other["experts"](values.clone(), chosen), stock, rtol=0, atol=0)  # SGLang's own kernel
+    torch.testing.assert_close(other["experts"](values[:2].clone(), few), ours[:2], rtol=1e-5, atol=1e-4)
+    other["experts"].w2_weight = torch.nn.Parameter(other["experts"].w2_weight * 2)  # weights that are loaded again
+    torch.testing.assert_close(other["experts"](values[:2].clone(), few) * 1.25, ours[:2], rtol=1e-4, atol=1e-2)
+    for options, why in (({"activation": "gelu"}, "is gelu"), ({"swiglu_limit": 7.0}, "with or without a clamp")):
+        other = layer(**options)
+        try:
+            kernel.install(other, Kernel.EP2TP, arguments)
+        except LaunchError as error:
+            assert re.search(f"EP2TP_KERNEL=ep2tp: experts: .*{why}", str(error)), error
+        else:
+            raise AssertionError(options)
+        kernel.install(other, Kernel.AUTO, arguments)
+        assert why in lines.pop()
+        assert "run_moe_core" not in vars(other["experts"])
+# SGLang's Triton kernels apply the routed scaling factor; on CPUs its models do, after the experts.
+torch.testing.assert_close(ours, stock * 2.5, rtol=1e-4, atol=1e-2)  # values of up to some hundreds
+"""
 
 
-def test_a_kernel_around_the_experts_of_one_rank() -> None:
+def test_a_kernel_on_the_experts_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{STAND_IN}:{Path(__file__).parents[2]}")
     child = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]
-    assert child.stdout.strip().splitlines()[-1] == "CALLS [(5, 32)]"
+    assert "STAND-IN ran for M=5, weights [4, 32, 48]" in child.stdout

@@ -239,7 +239,7 @@ def test_odd_sizes_are_planned(tiny_models: Path, as_on_a_gpu: None, messages: l
     # The shared experts, 2 x 75, would need 152; as 2 x 80 they share the field of the routed experts.
     assert (grown.moe_intermediate_size, grown.intermediate_size) == (80, 336)
     assert len(messages) == 1
-    for part in ("EP2TP=on", "patch: deepseek_v3", "--ep-size", "+6.7% memory", "kernel: the engine's"):
+    for part in ("EP2TP=on", "patch: deepseek_v3", "--ep-size", "+6.7% memory", "kernel: the faster one"):
         assert part in messages[0]
 
 
@@ -429,7 +429,10 @@ def test_a_worker_without_the_plugin_still_takes_part(tiny_models: Path, as_on_a
 def test_an_unknown_setting_stops_sglang_with_the_allowed_values() -> None:
     """SGLang logs what a plugin raises, and runs on; a process that exits does not."""
     code = "from sglang.srt.plugins import load_plugins; load_plugins(); print('ran on')"
-    for name, value, allowed in (("EP2TP", "maybe", "auto, on, off"), ("EP2TP_KERNEL", "ep2tp", "auto or engine")):
+    for name, value, allowed in (
+        ("EP2TP", "maybe", "auto, on, off"),
+        ("EP2TP_KERNEL", "triton", "auto, engine, ep2tp"),
+    ):
         env = os.environ | {name: value}
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
         assert child.returncode == 1

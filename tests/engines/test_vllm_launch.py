@@ -22,7 +22,7 @@ from vllm.config.parallel import EPLBConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from ep2tp.demo.tiny import TinyModel
-from ep2tp.engines.vllm import launch, padding, plugin, seams
+from ep2tp.engines.vllm import launch, padding, seams
 from ep2tp.errors import (
     CheckpointError,
     LaunchError,
@@ -189,7 +189,7 @@ def test_auto_rewrites_on_a_machine_without_nvlink(tiny_models: Path, monkeypatc
 def test_the_log_has_one_table(tiny_models: Path, messages: list[str]) -> None:
     engine_config(tiny_model(tiny_models, ODD), data_parallel_size=2, enable_expert_parallel=True)
     assert len(messages) == 1
-    for part in ("EP2TP=on", "patch: deepseek_v3", "--tensor-parallel-size", "+6.7% memory", "kernel: the engine's"):
+    for part in ("EP2TP=on", "patch: deepseek_v3", "--tensor-parallel-size", "+6.7% memory", "kernel: the faster one"):
         assert part in messages[0]
 
 
@@ -258,17 +258,23 @@ def test_registering_imports_neither_torch_nor_vllm() -> None:
     assert child.stdout.strip() == "[]"
 
 
-def test_a_kernel_that_this_version_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EP2TP_KERNEL", "ep2tp")
-    with pytest.raises(SettingError, match="no kernel of its own; use auto or engine"):
-        plugin.register()
+@pytest.mark.parametrize(
+    ("kernel", "whose"),
+    [("engine", "the engine's (EP2TP_KERNEL=engine)"), ("auto", "the faster one"), ("ep2tp", "ep2tp's (EP2TP_KERNEL=")],
+)
+def test_the_log_says_whose_kernel_runs(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str], kernel: str, whose: str
+) -> None:
+    monkeypatch.setenv("EP2TP_KERNEL", kernel)
+    engine_config(tiny_model(tiny_models, ODD), data_parallel_size=2, enable_expert_parallel=True)
+    assert f"kernel: {whose}" in messages[0]
 
 
 def test_an_engine_whose_seams_changed_is_left_alone_with_a_warning(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:
     changed = replace(seams.WEIGHTS, parameters=("self", "something_else"))
-    monkeypatch.setattr(seams, "ALL", (seams.SERVE, seams.ENGINE_CONFIG, changed))
+    monkeypatch.setattr(seams, "REQUIRED", (seams.SERVE, seams.ENGINE_CONFIG, changed))
     args = engine_args(tiny_model(tiny_models, DIVIDES), tensor_parallel_size=2, enable_expert_parallel=True)
     config = args.create_engine_config()
     assert config.parallel_config.enable_expert_parallel

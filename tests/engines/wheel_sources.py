@@ -8,6 +8,7 @@ the parts of pip by which it reads a wheel's metadata (``--use-feature=fast-deps
 from __future__ import annotations
 
 import ast
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from zipfile import ZipFile
@@ -61,6 +62,9 @@ def _read(package: str, version: str, name: str) -> bytes:
 
 @cache
 def _wheel(package: str, version: str) -> ZipFile:
+    with suppress(ImportError):
+        import setuptools  # noqa: F401 - vLLM imports it, which fails once pip has imported Python's distutils
+
     from pip._internal.commands import create_command
     from pip._internal.network.lazy_wheel import LazyZipOverHTTP
     from pip._vendor.packaging.specifiers import SpecifierSet

@@ -37,6 +37,7 @@ class Case:
         ranks: tensor-parallel size.
         ep: start it as expert-parallel recipes do, with --enable-expert-parallel.
         ep2tp: the value of ``EP2TP``, or :data:`NO_PLUGINS`.
+        kernel: the value of ``EP2TP_KERNEL``.
         engine: further arguments of ``vllm.LLM``.
         fails: whether it is expected not to start.
     """
@@ -46,6 +47,7 @@ class Case:
     ranks: int = 1
     ep: bool = False
     ep2tp: str = "off"
+    kernel: str = "engine"
     engine: Mapping[str, Any] = field(default_factory=dict)
     fails: bool = False
 
@@ -99,7 +101,7 @@ class Engines:
         log = self._logs / f"{case.name}.{attempt}.log"
         left = min(_ONE_ENGINE, self._deadline - time.monotonic())
         command = self._command(case, result, fallback)
-        environment = os.environ | _environment(case.ep2tp)
+        environment = os.environ | _environment(case)
         if attempt > 1:
             environment["SHARED_GPU_STAGING"] = "torch"
         status = run_logged(command, environment, log, left) if left > 0 else -1
@@ -119,10 +121,10 @@ class Engines:
         return command
 
 
-def _environment(ep2tp: str) -> dict[str, str]:
+def _environment(case: Case) -> dict[str, str]:
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
-        **({"VLLM_PLUGINS": ""} if ep2tp == NO_PLUGINS else {"EP2TP": ep2tp}),
+        **({"VLLM_PLUGINS": ""} if case.ep2tp == NO_PLUGINS else {"EP2TP": case.ep2tp, "EP2TP_KERNEL": case.kernel}),
         "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONUNBUFFERED": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",

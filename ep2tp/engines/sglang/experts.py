@@ -9,7 +9,7 @@ from ep2tp.errors import LaunchError, ModelError, SeamError
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import ClassName
 
-_STANDARD = ("StandardDispatcher", "AscendTPDispatcher")  # neither sends a token anywhere
+STANDARD_DISPATCHERS = ("StandardDispatcher", "AscendTPDispatcher")  # neither sends a token anywhere
 
 
 def pads_itself(device: str) -> bool:
@@ -104,7 +104,7 @@ def audit(model: Any) -> None:
         raise SeamError("no layer of experts looks like SGLang's FusedMoE; run with EP2TP=off and report this")
     for name, module in layers:
         dispatcher = type(module.dispatcher).__name__
-        if module.moe_ep_size != 1 or dispatcher not in _STANDARD:
+        if module.moe_ep_size != 1 or dispatcher not in STANDARD_DISPATCHERS:
             raise SeamError(
                 f"{name}: moe_ep_size={module.moe_ep_size}, dispatcher={dispatcher} although the launch was rewritten "
                 "to tensor parallelism; run with EP2TP=off and report this"

@@ -19,7 +19,7 @@ from ep2tp.engines.sglang import seams, worker
 from ep2tp.engines.sglang.note import LaunchNote, attach, find
 from ep2tp.errors import SettingError
 from ep2tp.rewrite import guard
-from ep2tp.settings import Kernel, Mode, Settings
+from ep2tp.settings import Mode, Settings
 
 logger = logging.getLogger("sglang.ep2tp")
 
@@ -34,8 +34,6 @@ def register() -> None:
     """
     try:
         settings = Settings.from_environment()
-        if settings.kernel is Kernel.EP2TP:
-            raise SettingError("EP2TP_KERNEL=ep2tp: this version has no kernel of its own; use auto or engine")
     except SettingError as error:
         raise SystemExit(f"ep2tp: {error}") from None
     if settings.mode is Mode.OFF:

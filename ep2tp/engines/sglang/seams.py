@@ -50,14 +50,15 @@ LOADED = Seam(
     "sglang.srt.model_executor.model_runner",
     "ModelRunner.load_model",
     ("self",),
-    "audits the loaded model: no dispatcher but the standard one, no expert parallelism, padding applied",
+    "audits the loaded model: no dispatcher but the standard one, no expert parallelism, padding applied; puts ep2tp's "
+    "kernel on it",
     VERSIONS,
 )
 KERNEL = Seam(
     "sglang.srt.layers.moe.fused_moe_triton.layer",
     "FusedMoE.run_moe_core",
     ("self", "dispatch_output"),
-    "not wrapped yet: where a kernel of ep2tp's own will run the experts",
+    "not wrapped: replaced on the loaded layers that ep2tp's fused-MoE kernel takes, where it is faster",
     VERSIONS,
 )
 A2A = Seam(

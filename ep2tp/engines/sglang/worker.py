@@ -12,7 +12,7 @@ from ep2tp.engines.seams import Seam, Wrapper
 from ep2tp.engines.sglang import seams
 from ep2tp.errors import GuardError, SeamError
 from ep2tp.rewrite import guard
-from ep2tp.settings import Settings
+from ep2tp.settings import Kernel, Mode, Settings
 
 if TYPE_CHECKING:
     from ep2tp.engines.sglang.note import LaunchNote
@@ -105,6 +105,11 @@ def load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywor
             logger.info("ep2tp: %s is mapped, because SGLang imports it before plugins run; it gets no buffer", path)
     if state.note is not None and state.note["padding"] and not instance.is_draft_worker:
         _check_padded(instance.model_config)
+    settings = Settings.from_environment()
+    if settings.mode is not Mode.OFF and (settings.kernel is Kernel.EP2TP or state.is_rewritten):
+        from ep2tp.engines.sglang import kernel
+
+        kernel.install(instance.model, settings.kernel, instance.server_args)
     return result
 
 

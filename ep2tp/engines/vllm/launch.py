@@ -61,7 +61,7 @@ def seam_problem(settings: Settings) -> str | None:
     from vllm import __version__ as version
 
     insists = settings.mode is Mode.ON
-    return engine_seams.problem("vLLM", version, seams.VERSIONS, seams.ALL, settings.strict, insists)
+    return engine_seams.problem("vLLM", version, seams.VERSIONS, seams.REQUIRED, settings.strict, insists)
 
 
 def let_ray_copy_our_variables() -> None:

@@ -1,7 +1,8 @@
 """vLLM's entry point (group ``vllm.general_plugins``). Runs in every process of a launch, and imports nothing heavy.
 
-In the process that the user starts, two seams rewrite the launch; in the workers, one pads the weights. Everything
-that needs vLLM or torch is imported when a seam is reached, and then vLLM has long imported both.
+In the process that the user starts, two seams rewrite the launch; in the workers, one pads the weights, and one puts
+ep2tp's kernel on the loaded model. Everything that needs vLLM or torch is imported when a seam is reached, and then
+vLLM has long imported both.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from ep2tp.engines.report import log_launch
 from ep2tp.engines.vllm import load_format, seams
-from ep2tp.errors import SettingError
 from ep2tp.rewrite import guard
 from ep2tp.settings import Kernel, Mode, Settings
 
@@ -35,18 +35,17 @@ def register() -> None:
     """Wrap the seams, and add the load format of offline rank files. Idempotent; ``EP2TP=off`` adds the format only.
 
     Raises:
-        SettingError: an ``EP2TP*`` variable has an unknown value, or asks for a kernel that this version lacks.
+        SettingError: an ``EP2TP*`` variable has an unknown value.
     """
     load_format.register()
     settings = Settings.from_environment()
-    if settings.kernel is Kernel.EP2TP:
-        raise SettingError("EP2TP_KERNEL=ep2tp: this version has no kernel of its own; use auto or engine")
     if settings.mode is Mode.OFF:
         return
     guard.arm_if_inherited()
     seams.SERVE.wrap(_serve)
     seams.ENGINE_CONFIG.wrap(_create_engine_config)
     seams.WEIGHTS.wrap(pad_weights)
+    seams.LOADED.wrap(_load_model)
 
 
 def _serve(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
@@ -100,6 +99,17 @@ def pad_weights(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywo
             logger.warning("ep2tp: %s is mapped into this process although the launch needs no all-to-all", path)
     plan = padding.plan_of(model_config, Settings.from_environment())
     return stream if plan is None else padded_weights(stream, plan)
+
+
+def _load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
+    """Around ``BaseModelLoader.load_model(...)``: a model, and a draft, with weights as their kernels take them."""
+    model = wrapped(*args, **kwargs)
+    asked = Settings.from_environment().kernel
+    if asked is Kernel.EP2TP or guard.is_armed():
+        from ep2tp.engines.vllm import kernel
+
+        kernel.install(model, asked)
+    return model
 
 
 def _is_reporter(engine_args: Any) -> bool:

@@ -27,4 +27,20 @@ WEIGHTS = Seam(
     "audits the model, and pads the weights as they stream from the files into the model",
     VERSIONS,
 )
-ALL = (SERVE, ENGINE_CONFIG, WEIGHTS)
+LOADED = Seam(
+    "vllm.model_executor.model_loader.base_loader",
+    "BaseModelLoader.load_model",
+    ("self", "vllm_config", "model_config", "prefix"),
+    "puts ep2tp's fused-MoE kernel on the layers of a loaded model that it takes",
+    VERSIONS,
+)
+KERNEL = Seam(
+    "vllm.model_executor.layers.fused_moe.modular_kernel",
+    "FusedMoEKernel.apply",
+    ("self", "hidden_states", "w1", "w2", "topk_weights", "topk_ids"),
+    "not wrapped: replaced on the kernel object of such a layer, where ep2tp's kernel is faster",
+    VERSIONS,
+)
+REQUIRED = (SERVE, ENGINE_CONFIG, WEIGHTS)
+"""The seams without which nothing is rewritten or padded."""
+ALL = (*REQUIRED, LOADED, KERNEL)

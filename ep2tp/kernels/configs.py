@@ -1,0 +1,117 @@
+"""Which tiles the kernel runs with, by GPU, format, shape and number of tokens; and where the engine's kernel wins."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ep2tp.kernels.operands import WeightFormat
+
+FOLDER = Path(__file__).parent / "configs"
+Key = tuple[int, int, int, int]
+"""Experts, hidden size K, one rank's intermediate size I, top-k."""
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """Tiles of one pass.
+
+    Attributes:
+        rows: of the weight matrix in a tile: intermediate channels (gate and up each) or outputs.
+        columns: of the weight matrix in a tile, in values.
+        warps: of 32 threads a program.
+        stages: of the loads' software pipeline.
+        tiles: that a program takes in turn, in the second pass by expert: what finding the expert's pairs costs is then
+            shared by as many.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    tiles: int = 1
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Tiles and methods of both passes.
+
+    Attributes:
+        gate_up: tiles of the first pass.
+        down: tiles of the second.
+        by_pair: the first pass has a program a (token, expert) pair and multiplies on CUDA cores; else a program an
+            expert, with tensor cores.
+        by_token: the second pass has a program a token and sums its experts; else a program an expert, and a third
+            launch sums.
+        pairs: of one expert multiplied at a time on tensor cores.
+        overlap: launch a pass while the one before it still runs (programmatic dependent launch, SM90 on).
+        fp8_bits: dequantise FP8 by integer arithmetic, which GPUs before SM89 need.
+    """
+
+    gate_up: PassConfig
+    down: PassConfig
+    by_pair: bool
+    by_token: bool
+    pairs: int = 16
+    overlap: bool = False
+    fp8_bits: bool = False
+
+
+def default(weight_format: WeightFormat, tokens: int, capability: tuple[int, int]) -> KernelConfig:
+    """A sound choice for shapes that no table has."""
+    few = tokens <= 4
+    return KernelConfig(
+        gate_up=PassConfig(8, 512, 8, 6) if few else PassConfig(32, 128, 4, 4),
+        down=PassConfig(16, 1024, 4, 1) if few else PassConfig(128, 128, 4, 3, tiles=4),
+        by_pair=few,
+        by_token=few,
+        overlap=capability >= (9, 0),
+        fp8_bits=capability < (8, 9),
+    )
+
+
+def choose(device_name: str, key: Key, weight_format: WeightFormat, tokens: int) -> KernelConfig | None:
+    """The fastest measured config, or None where the engine's own kernel is faster or nothing was measured."""
+    for most_tokens, config in _table(device_name, str(weight_format)).get(key, ()):
+        if tokens <= most_tokens:
+            return config
+    return None
+
+
+def wins(device_name: str, key: Key, weight_format: WeightFormat, tokens: int) -> bool:
+    """Whether this kernel was measured to be faster than the engine's at this many tokens."""
+    return choose(device_name, key, weight_format, tokens) is not None
+
+
+def file_name(device_name: str, weight_format: str) -> str:
+    """Name of the table of one GPU and format."""
+    return f"{re.sub(r'[^A-Za-z0-9]+', '_', device_name)}-{weight_format}.json"
+
+
+@lru_cache
+def _table(device_name: str, weight_format: str) -> dict[Key, tuple[tuple[int, KernelConfig], ...]]:
+    path = FOLDER / file_name(device_name, weight_format)
+    if not path.exists():
+        return {}
+    entries = json.loads(path.read_text())["shapes"]
+    return {
+        (entry["E"], entry["K"], entry["I"], entry["top_k"]): tuple(
+            (line["max_tokens"], from_json(line["config"])) for line in entry["configs"]
+        )
+        for entry in entries
+    }
+
+
+def from_json(fields: dict[str, Any]) -> KernelConfig:
+    """The config that :func:`to_json` wrote."""
+    passes = {name: PassConfig(**fields[name]) for name in ("gate_up", "down")}
+    return KernelConfig(**{**fields, **passes})
+
+
+def to_json(config: KernelConfig) -> dict[str, Any]:
+    """Plain fields."""
+    return asdict(config)

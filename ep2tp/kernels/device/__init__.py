@@ -1,0 +1,1 @@
+"""Triton device code: kernels, and the functions that they share."""

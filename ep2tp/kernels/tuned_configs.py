@@ -1,0 +1,94 @@
+"""Tuned tables: the user's own of ep2tp's kernel, and the files by which engines tune their Triton kernels.
+
+Where ``ep2tp tune`` writes, and where launches look: ``$XDG_CACHE_HOME/ep2tp/configs`` (``~/.cache/ep2tp/configs``). A
+shape in the user's table hides the same shape in the table that ships with ep2tp.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ep2tp.errors import SettingError
+from ep2tp.kernels import configs
+from ep2tp.kernels.configs import KernelConfig, Key
+from ep2tp.kernels.operands import WeightFormat
+
+Table = Mapping[Key, Sequence[tuple[int, KernelConfig]]]
+"""For each shape: (most tokens, configuration), tokens rising; above the last one the engine's kernel is faster."""
+
+
+def user_folder() -> Path:
+    """Where this user's tables are."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "ep2tp" / "configs"
+
+
+def choose(device_name: str, key: Key, weight_format: WeightFormat, tokens: int) -> KernelConfig | None:
+    """The fastest configuration of the user's table, or of ep2tp's; None where the engine's kernel is faster.
+
+    Raises:
+        SettingError: the user's table cannot be read.
+    """
+    path = user_folder() / configs.file_name(device_name, str(weight_format))
+    lines = _read_cached(path).get(key)
+    if lines is None:
+        return configs.choose(device_name, key, weight_format, tokens)
+    return next((config for most, config in lines if tokens <= most), None)
+
+
+def read_table(path: Path) -> Table:
+    """A table of ep2tp's format; empty where there is no such file.
+
+    Raises:
+        SettingError: the file is damaged.
+    """
+    try:
+        shapes = json.loads(path.read_text(encoding="utf-8"))["shapes"]
+        return {
+            (shape["E"], shape["K"], shape["I"], shape["top_k"]): [
+                (int(line["max_tokens"]), configs.from_json(line["config"])) for line in shape["configs"]
+            ]
+            for shape in shapes
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SettingError(
+            f"{path}: not a table of kernel configurations ({error}); delete it and tune again"
+        ) from None
+
+
+_read_cached = lru_cache(read_table)
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Add shapes to a table, in place of the same shapes; another process never sees half a file.
+
+    Raises:
+        SettingError: there is a damaged table.
+    """
+    merged = {**read_table(path), **table}
+    shapes = [
+        {
+            **dict(zip(("E", "K", "I", "top_k"), key, strict=True)),
+            "configs": [{"max_tokens": most, "config": configs.to_json(config)} for most, config in lines],
+        }
+        for key, lines in sorted(merged.items())
+    ]
+    write_json(path, {"shapes": shapes})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside the target and put it in its place at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

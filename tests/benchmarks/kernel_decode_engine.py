@@ -1,0 +1,50 @@
+"""One vLLM engine, timed in turns: ``kernel_decode_engine.py STEM``, started by kernel_decode_step.py.
+
+Reads STEM.request.json, writes STEM.ready once the engine stands, and for each STEM.turn-N.go the decode times of every
+batch to STEM.turn-N.json. STEM.stop ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ep_vs_tp_engine import Timer
+
+
+async def serve(stem: str) -> None:
+    """Start the engine and take turns."""
+    import torch
+    import vllm
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    request = json.loads(Path(f"{stem}.request.json").read_text(encoding="utf-8"))
+    start = time.monotonic()
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**request["engine"]))
+    timer = Timer(engine, request, 1)
+    for batch in request["batches"]:
+        await timer._generate(batch, request["prompt"], 16)  # compiles what is left to compile
+    facts = {"vllm": vllm.__version__, "torch": torch.__version__, "start_seconds": round(time.monotonic() - start, 1)}
+    _write(f"{stem}.ready", facts)
+    turn = 0
+    while not Path(f"{stem}.stop").exists():
+        if Path(f"{stem}.turn-{turn}.go").exists():
+            _write(f"{stem}.turn-{turn}.json", {str(b): (await timer.decode(b))["ms"] for b in request["batches"]})
+            turn += 1
+        await asyncio.sleep(0.05)
+    engine.shutdown()
+
+
+def _write(path: str, value: Any) -> None:
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(value), encoding="utf-8")
+    partial.rename(path)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve(sys.argv[1]))

@@ -1,0 +1,64 @@
+"""Tables of measured configs: what is read is what was written, and a missing entry leaves the engine its kernel."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ep2tp.kernels import configs
+from ep2tp.kernels.configs import KernelConfig, PassConfig, choose, default, file_name, from_json, to_json, wins
+from tests.benchmarks.kernel_sweep import write_tables
+from tests.kernels.layers import FP8
+
+FEW = KernelConfig(PassConfig(8, 512, 8, 6), PassConfig(16, 2048, 4, 1), by_pair=True, by_token=True, overlap=True)
+MANY = KernelConfig(PassConfig(32, 128, 2, 4), PassConfig(64, 256, 4, 1), by_pair=False, by_token=False, pairs=8)
+DEVICE = "NVIDIA H100 80GB HBM3"
+DSV3_TP8 = (256, 7168, 256, 8)
+
+
+def test_json_keeps_everything() -> None:
+    for config in (FEW, MANY):
+        assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+def test_a_sweep_becomes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest right result of each number of tokens; a wrong or a slower one is left out."""
+
+    def line(tokens: int, config: KernelConfig, seconds: float, error: float = 2e-3) -> dict[str, object]:
+        figures = {"seconds": seconds, "floor_seconds": 15e-6, "error": error}
+        return {"shape": "dsv3-tp8", "tokens": tokens, "pass": "both", "config": to_json(config), **figures}
+
+    results = [line(1, MANY, 30e-6), line(1, FEW, 20e-6), line(8, MANY, 120e-6), line(8, FEW, 1e-6, error=0.5)]
+    sweep = tmp_path / "sweep.json"
+    header = {"device": DEVICE, "torch": "2", "triton": "3", "copy_bytes_per_s": 3e12}
+    sweep.write_text(json.dumps({**header, "results": results}))
+    monkeypatch.setattr(configs, "FOLDER", tmp_path / "configs")
+    configs._table.cache_clear()
+    write_tables([sweep])
+    assert [choose(DEVICE, DSV3_TP8, FP8, tokens) for tokens in (1, 2, 8, 9)] == [FEW, MANY, MANY, None]
+    assert wins(DEVICE, DSV3_TP8, FP8, 8) and not wins(DEVICE, DSV3_TP8, FP8, 9)
+    assert choose(DEVICE, (128, 7168, 256, 8), FP8, 1) is None
+    assert choose("another", DSV3_TP8, FP8, 1) is None
+    configs._table.cache_clear()
+    (tmp_path / "table.json").write_text(json.dumps({"lines": [faster(1, "ep2tp"), faster(8, "vllm")]}))
+    write_tables([sweep], tmp_path / "table.json")
+    assert [choose(DEVICE, DSV3_TP8, FP8, tokens) for tokens in (1, 2, 8)] == [FEW, None, None]
+    configs._table.cache_clear()
+
+
+def faster(tokens: int, name: str) -> dict[str, object]:
+    seconds = {which: {"seconds": 1e-5 if which == name else 2e-5} for which in ("ep2tp", "vllm")}
+    return {"shape": "dsv3-tp8", "tokens": tokens, **seconds}
+
+
+def test_file_names_have_no_spaces() -> None:
+    assert file_name(DEVICE, str(FP8)) == "NVIDIA_H100_80GB_HBM3-fp8-128x128.json"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_defaults_use_only_what_a_gpu_has(capability: tuple[int, int]) -> None:
+    for tokens in (1, 64):
+        config = default(FP8, tokens, capability)
+        assert config.overlap == (capability >= (9, 0)) and config.fp8_bits == (capability < (8, 9))
