@@ -47,8 +47,8 @@ def refuse_wrong_in_sglang(facts: ModelFacts, ranks: int, quantization: str | No
     """Refuse what SGLang slices wrongly over any number of ranks, whether its groups divide or not.
 
     Read, not run on a GPU: for GPTQ, ``GPTQMarlinMoEScheme`` (0.5.17, 0.5.21, 0.5.23) makes room on each rank for the
-    scales of all ranks, and fills its own part; ``moe_wna16_marlin.py`` (0.5.23) divides a slice's size by their number,
-    so each scale serves fewer columns than its group has. MoeWNA16 slices the same checkpoint exactly.
+    scales of all ranks, and fills its own part; ``moe_wna16_marlin.py`` (0.5.23) divides a slice's size by their
+    number, so each scale serves fewer columns than its group has. MoeWNA16 slices the same checkpoint exactly.
 
     Args:
         facts: the model.
