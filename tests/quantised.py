@@ -154,6 +154,15 @@ def _read_mxfp4(weight: str, scale: str, tensors: Tensors) -> torch.Tensor:
     return values * _spread(_power(tensors[scale].contiguous()), values.shape, 1, 32)
 
 
+def _make_mxfp8(random: torch.Generator, rows: int, cols: int) -> Tensors:
+    return {".weight": _e4m3(random, rows, cols), ".weight_scale_inv": _exponents(random, rows, cols // 32)}
+
+
+def _read_mxfp8(tensors: Tensors) -> torch.Tensor:
+    weight = tensors[".weight"].float()
+    return weight * _spread(_power(tensors[".weight_scale_inv"].contiguous()), weight.shape, 1, 32)
+
+
 def _make_gptq(group: int, random: torch.Generator, rows: int, cols: int) -> Tensors:
     """Symmetric, as published: every zero point is 8, stored as 7."""
     return {
@@ -293,5 +302,11 @@ DEEPSEEK_V4_MXFP4 = mxfp4(
     ".scale",
     "deepseek_v4_mxfp4",
     {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "scale_fmt": "ue8m0"},
+)
+MXFP8 = Stored(
+    "mxfp8",
+    {"quant_method": "mxfp8", "weight_block_size": [1, 32], "activation_scheme": "dynamic"},
+    _make_mxfp8,
+    _read_mxfp8,
 )
 GPTQ, AWQ = gptq(128), awq(128)

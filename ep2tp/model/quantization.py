@@ -141,6 +141,20 @@ def _modelopt(quant: Config, config: Config) -> Chooser:
     return choose
 
 
+def _mxfp8(quant: Config, config: Config) -> Chooser:
+    """MiniMax-M3's name of MXFP8; M3.1 keeps its routed experts in NVFP4 under it, and says so."""
+    routed = formats.nvfp4() if str(quant.get("moe_quant_algo", "")).upper() == "NVFP4" else formats.mxfp8()
+    stored = formats.mxfp8()
+    skipped = _names(quant, "modules_to_not_convert", "ignored_layers")
+
+    def choose(module: str) -> Format:
+        if _is_listed(module, skipped):
+            return PLAIN
+        return routed if ".experts." in module else stored
+
+    return choose
+
+
 def _mxfp4(quant: Config, config: Config) -> Chooser:
     skipped = _names(quant, "modules_to_not_convert")
     stored = formats.mxfp4()
@@ -172,6 +186,7 @@ _READERS: dict[str, Callable[[Config, Config], Chooser]] = {
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
     "modelopt-fp4": _modelopt,
+    "mxfp8": _mxfp8,
     "mxfp4": _mxfp4,
     "awq": _awq,
     "awq-marlin": _awq,

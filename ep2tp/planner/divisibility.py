@@ -84,7 +84,8 @@ def _behaviour(facts: ModelFacts, c: TensorClass, ranks: int) -> Iterator[Behavi
     own = facts.family.exact_in.get("vllm", {}).get(c.name)
     if own and c.size % ranks == 0:
         yield Behaviour("vLLM", "0.25.1, 0.32.0, 0.33.0", what, "runs", own, "models/gpt_oss.py")
-        yield Behaviour("SGLang", "0.5.23", what, "runs", "pads MXFP4 experts after slicing whole blocks", "mxfp4.py")
+        text = "slices whole blocks; FlashInfer's CUTLASS kernels (SM120's default) have no room, and loading stops"
+        yield Behaviour("SGLang", "0.5.23", what, "runs", text, "mxfp4.py")
         return
     if c.size % ranks:
         is_routed = c.name == "routed"
@@ -98,7 +99,7 @@ def _behaviour(facts: ModelFacts, c: TensorClass, ranks: int) -> Iterator[Behavi
     elif "nvfp4" in name:
         yield from _nvfp4(what)
     elif "mxfp4" in name:
-        yield from _mxfp4(what)
+        yield from _mxfp4(facts, what)
     elif name.startswith(("awq", "gptq")):
         yield _awq_or_gptq(c, ranks, what)
     elif "int" in name:
@@ -138,9 +139,12 @@ def _nvfp4(what: str) -> Iterator[Behaviour]:
     yield Behaviour("SGLang", "0.5.23", what, "wrong in silence", text, "layers/quantization/modelopt_quant.py")
 
 
-def _mxfp4(what: str) -> Iterator[Behaviour]:
+def _mxfp4(facts: ModelFacts, what: str) -> Iterator[Behaviour]:
     text = "scale tensors are sliced by floor division: down_proj gets scales of other columns"
     yield Behaviour("vLLM", "0.25.1, 0.33.0", what, "wrong in silence", text, _ROUTED_EXPERTS)
+    if "fp8" not in facts.quantization.method:
+        yield Behaviour("SGLang", "0.5.23", what, "wrong in silence", text, "fused_moe_triton/layer.py")
+        return
     text = "moe_intermediate_size / moe_tp_size must be a multiple of weight_block_size_n"
     yield Behaviour("SGLang", "0.5.23", what, "refuses", text, "moe_ep_setup.py")
 

@@ -331,6 +331,36 @@ def test_groups_that_sglang_would_cut_are_padded(
     assert plan.splits["routed"].padded == padded
 
 
+def test_gptq_that_marlin_would_run_is_refused(tmp_path: Path, as_on_a_gpu: None) -> None:
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    config = DIVIDES.config() | {"moe_intermediate_size": 2048, "intermediate_size": 2048, "quantization_config": gptq}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"GPTQ experts that are sliced over 2 ranks; use --quantization moe_wna16"):
+        planned(tmp_path, is_rewritten=True, tp_size=2)
+    assert not planned(tmp_path, is_rewritten=True, tp_size=2, quantization="moe_wna16").is_padded
+    assert not planned(tmp_path, is_rewritten=False, tp_size=2).is_padded  # as the user gave it
+    assert not planned(tmp_path, is_rewritten=True, tp_size=1).is_padded
+
+
+def test_minimax_m31_nvfp4_is_refused_where_sglang_has_no_runner_for_slices(tmp_path: Path, as_on_a_gpu: None) -> None:
+    """On Blackwell GPUs SGLang resolves the runner to DeepGEMM, and the dispatch to MegaMoE, which ep2tp takes back."""
+    nvfp4 = {"quant_method": "mxfp8", "moe_quant_algo": "NVFP4", "moe_quant_format": "nvfp4-pack-quantized"}
+    config = {
+        **{"architectures": ["MiniMaxM3SparseForCausalLM"], "model_type": "minimax_m3_text", "hidden_size": 256},
+        **{"num_hidden_layers": 2, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 64},
+        **{"intermediate_size": 3072, "dense_intermediate_size": 12288, "n_shared_experts": 1, "num_local_experts": 4},
+        **{"num_experts_per_tok": 1, "quantization_config": nvfp4},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = {"tp_size": 2, "quantization": "minimax_m3_nvfp4"}
+    with pytest.raises(LaunchError, match=r"MegaMoE.* --moe-runner-backend flashinfer_trtllm_routed"):
+        planned(tmp_path, is_rewritten=True, moe_runner_backend="deep_gemm", **options)
+    for runner in ("marlin", "flashinfer_trtllm_routed"):
+        plan = planned(tmp_path, is_rewritten=True, moe_runner_backend=runner, **options)
+        assert (plan.is_padded, plan.unchecked) == (False, {})
+        assert [c.format_names for c in plan.facts.classes] == ["nvfp4", "mxfp8", "mxfp8"]
+
+
 def planned(model: Path, is_rewritten: bool = False, **options: Any) -> Any:
     """The plan of a model that SGLang does not run on this machine."""
     args = server_args(model, load_format="dummy", **options)
@@ -512,7 +542,7 @@ def test_a_model_without_experts_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
-    """Among them those that run under expert parallelism only: MiniMax-M3.1 NVFP4, Muse-Spark."""
+    """Among them one that runs under expert parallelism only."""
     config = DIVIDES.config() | {"architectures": ["MuseSparkForConditionalGeneration"], "model_type": "muse_spark"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(PatchError, match=r"MuseSparkForConditionalGeneration.*EP2TP_PATCH_PATH"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLine
 from sglang.srt.layers.moe.fused_moe_triton import layer as moe_layer
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.utils import MoeRunnerBackend
-from sglang.srt.layers.quantization import get_quantization_config, modelopt_quant
+from sglang.srt.layers.quantization import get_quantization_config, modelopt_quant, mxfp4
+from sglang.srt.layers.quantization.awq import awq
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from sglang.srt.runtime_context import get_context, get_parallel
 
@@ -36,11 +38,7 @@ from tests import quantised
 from tests.quantised import Stored, Tensors
 
 HIDDEN, EXPERTS = 256, 2
-ROUTED, SHARED, DENSE = (
-    "model.layers.1.mlp.experts",
-    "model.layers.1.mlp.shared_experts",
-    "model.layers.0.mlp",
-)
+SHARED, DENSE = "model.layers.1.mlp.shared_experts", "model.layers.0.mlp"
 CONFIG = {
     "model_type": "deepseek_v3",
     "architectures": ["DeepseekV3ForCausalLM"],
@@ -52,13 +50,34 @@ CONFIG = {
     "num_experts_per_tok": 1,
     "vocab_size": 1024,
 }
+DEEPSEEK_V4 = {**CONFIG, "model_type": "deepseek_v4", "architectures": ["DeepseekV4ForCausalLM"]}
 Weights = list[tuple[str, torch.Tensor]]
 
-FP8 = [quantised.FP8_BLOCK, quantised.COMPRESSED_FP8_BLOCK, quantised.COMPRESSED_FP8_CHANNEL]
-LINEAR_FORMATS = [quantised.BF16, *FP8]
-ROUTED_FORMATS = [*LINEAR_FORMATS, quantised.INT4_GROUP32, quantised.INT4_GROUP128, quantised.MODELOPT_NVFP4]
+LINEAR_FORMATS = [
+    quantised.BF16,
+    quantised.FP8_BLOCK,
+    quantised.COMPRESSED_FP8_BLOCK,
+    quantised.COMPRESSED_FP8_CHANNEL,
+    quantised.INT4_GROUP32,
+    quantised.INT4_GROUP128,
+    quantised.COMPRESSED_NVFP4,
+    quantised.MODELOPT_NVFP4,
+    quantised.MXFP8,
+]
+ROUTED_FORMATS = [
+    *LINEAR_FORMATS,
+    quantised.COMPRESSED_MXFP4,
+    quantised.DEEPSEEK_V4_MXFP4,
+    quantised.GPTQ,
+    quantised.AWQ,
+]
 SHAPES = [(1408, 2), (1408, 3), (1408, 8), (1536, 8), (1536, 16), (768, 8), (2304, 16), (2048, 6)]
 FLIPPED = (quantised.INT4_GROUP32, quantised.INT4_GROUP128)  # SGLang keeps their weights and scales [columns, rows]
+QUANTISATION_NAMES = {"modelopt": "modelopt_fp4", "gptq": "moe_wna16", "awq": "awq_marlin"}
+NAMES_IN_SGLANG = {  # where a model's load_weights renames a suffix
+    quantised.COMPRESSED_MXFP4.name: {".weight_packed": ".weight"},
+    quantised.DEEPSEEK_V4_MXFP4.name: {".scale": ".weight_scale_inv"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -66,30 +85,38 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the loaders' path for GPUs: on CPUs SGLang pads for itself, and loads what is short."""
     for module in (moe_layer, linear, parameter):
         monkeypatch.setattr(module, "_is_cpu", False)
-    monkeypatch.setattr(CompressedTensorsConfig, "_check_scheme_supported", lambda *args, **kwargs: True)  # by this GPU
+    # The schemes of a Hopper GPU: those of Blackwell ask for FlashInfer's runners.
+    monkeypatch.setattr(CompressedTensorsConfig, "_check_scheme_supported", lambda _, least, **kwargs: least <= 90)
     # The only NVFP4 runner that does not ask which GPU this is; it adds no padding of its own.
     monkeypatch.setattr(modelopt_quant, "get_moe_runner_backend", lambda: MoeRunnerBackend.MARLIN)
+    monkeypatch.setattr(awq, "verify_marlin_supported", lambda *args, **kwargs: None)  # by this GPU
 
 
 @contextmanager
 def as_rank(rank: int, ranks: int) -> Iterator[None]:
     """Make SGLang believe that this process is one of a tensor-parallel group. Nothing communicates."""
     published = get_context().override_server_args(model_path="dummy", tp_size=ranks, device="cpu")
-    with published, get_parallel().override(tp_rank=rank, moe_tp_rank=rank, moe_ep_rank=0):
+    group = SimpleNamespace(device="cpu", rank_in_group=rank, world_size=ranks)
+    with published, get_parallel().override(tp_rank=rank, moe_tp_rank=rank, moe_ep_rank=0, tp_group=group):
         yield
 
 
-def sglang_quantisation(stored: Stored) -> Any:
+def sglang_quantisation(stored: Stored, name: str | None = None) -> Any:
+    """SGLang's config for a checkpoint; ``name`` is what ``--quantization`` says."""
     if stored.quantization is None:
         return None
     method = stored.quantization["quant_method"]
-    return get_quantization_config({"modelopt": "modelopt_fp4"}.get(method, method)).from_config(
-        dict(stored.quantization)
-    )
+    name = name or QUANTISATION_NAMES.get(method, method)
+    config = get_quantization_config(name).from_config(dict(stored.quantization))
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}  # as SGLang's model loader does
+    if stored is quantised.DEEPSEEK_V4_MXFP4:
+        config.is_fp4_experts = True  # likewise
+    return config
 
 
 def facts_of(stored: Stored, **sizes: int) -> ModelFacts:
-    config: dict[str, Any] = {**CONFIG, "n_shared_experts": 0, "intermediate_size": 2048, **sizes}
+    base = DEEPSEEK_V4 if stored is quantised.DEEPSEEK_V4_MXFP4 else CONFIG
+    config: dict[str, Any] = {**base, "n_shared_experts": 0, "intermediate_size": 2048, **sizes}
     if stored.quantization is not None:
         config["quantization_config"] = stored.quantization
     found = find_family(config, load_families())
@@ -109,15 +136,37 @@ def as_checkpoint(mlp: Mapping[str, Tensors], module: str) -> Weights:
     return [(f"{module}.{role}_proj{suffix}", t) for role, tensors in mlp.items() for suffix, t in tensors.items()]
 
 
+def routed_names(stored: Stored) -> tuple[str, Mapping[str, str]]:
+    """The module of the routed experts in a checkpoint, and the names of the projections."""
+    if stored is quantised.DEEPSEEK_V4_MXFP4:
+        return "layers.1.ffn.experts", {"gate": "w1", "down": "w2", "up": "w3"}
+    return "model.layers.1.mlp.experts", {role: f"{role}_proj" for role in ("gate", "down", "up")}
+
+
+def routed_checkpoint(stored: Stored, experts: Iterable[Mapping[str, Tensors]]) -> Weights:
+    module, names = routed_names(stored)
+    return [
+        (f"{module}.{expert}.{names[role]}{suffix}", tensor)
+        for expert, mlp in enumerate(experts)
+        for role, tensors in mlp.items()
+        for suffix, tensor in tensors.items()
+    ]
+
+
 def poison(layer: torch.nn.Module) -> None:
     """Fill every parameter with bytes that dequantise to wrong values, so that what is not loaded is noticed."""
     for p in layer.parameters():
         p.data.view(torch.uint8).fill_(0xFF)
 
 
-def assert_reassembled(slices: list[torch.Tensor], original: torch.Tensor, axis: int) -> None:
-    """Check that the dequantised slices are the original, bit for bit, and zeros after its end."""
-    whole = torch.cat(slices, axis)
+def assert_reassembled(slices: list[torch.Tensor], original: torch.Tensor, axis: int, per_rank: int) -> None:
+    """Check that the dequantised slices are the original, bit for bit, and zeros after its end.
+
+    ``per_rank`` values of the axis are planned for each rank; what SGLang adds to a slice for a kernel is zero, too.
+    """
+    for part in slices:
+        assert not part.narrow(axis, per_rank, part.shape[axis] - per_rank).any()
+    whole = torch.cat([part.narrow(axis, 0, per_rank) for part in slices], axis)
     size = original.shape[axis]
     held = whole.narrow(axis, 0, size).contiguous().view(torch.int32)
     assert torch.equal(held, original.contiguous().view(torch.int32))
@@ -130,9 +179,10 @@ def assert_reassembled(slices: list[torch.Tensor], original: torch.Tensor, axis:
 class Experts:
     """SGLang's layer for one rank of a model whose config says ``size``."""
 
-    def __init__(self, stored: Stored, size: int, rank: int, ranks: int) -> None:
+    def __init__(self, stored: Stored, size: int, rank: int, ranks: int, quantisation: str | None = None) -> None:
         self.stored = stored
-        self.mapping = FusedMoE.make_expert_params_mapping("gate_proj", "down_proj", "up_proj", EXPERTS)
+        self.prefix, names = routed_names(stored)
+        self.mapping = FusedMoE.make_expert_params_mapping(names["gate"], names["down"], names["up"], EXPERTS)
         with as_rank(rank, ranks):
             self.layer = FusedMoE(
                 num_experts=EXPERTS,
@@ -141,8 +191,8 @@ class Experts:
                 layer_id=1,
                 top_k=1,
                 params_dtype=torch.bfloat16,
-                quant_config=sglang_quantisation(stored),
-                prefix=ROUTED,
+                quant_config=sglang_quantisation(stored, quantisation),
+                prefix=self.prefix,
             )
             assert not self.layer.use_padded_loading
         poison(self.layer)
@@ -153,23 +203,38 @@ class Experts:
         for name, tensor in weights:
             found = next(m for m in self.mapping if m[1] in name)
             parameter_name, weight_name, expert, shard = found
-            target = parameters[name.replace(weight_name, parameter_name).removeprefix("model.layers.1.mlp.experts.")]
+            for before, after in NAMES_IN_SGLANG.get(self.stored.name, {}).items():
+                name = name.removesuffix(before) + after if name.endswith(before) else name
+            name = name.replace(weight_name, parameter_name)
+            target = parameters[name.removeprefix(self.prefix + ".")]
             target.weight_loader(target, tensor, name, shard_id=shard, expert_id=expert)
 
     def values(self, expert: int, role: str, suffixes: Iterable[str]) -> torch.Tensor:
         """One expert's matrix as this rank holds it, dequantised."""
         found = {}
         for suffix in suffixes:
-            if suffix == ".weight_shape":
+            if suffix in (".weight_shape", ".qzeros") and self.stored is not quantised.AWQ:
                 continue
-            data = getattr(self.layer, f"{'w2' if role == 'down' else 'w13'}_{suffix[1:]}").data[expert]
+            name = NAMES_IN_SGLANG.get(self.stored.name, {}).get(suffix, suffix)
+            data = getattr(self.layer, f"{'w2' if role == 'down' else 'w13'}_{name[1:]}").data[expert]
             if self.stored in FLIPPED:
                 data = data.t().contiguous()
             if role != "down":
                 index = 0 if role == "gate" else 1
-                data = data[index] if data.shape == (2,) else data.chunk(2)[index]  # one number, or half the rows
+                rows = 1 if self.stored is quantised.AWQ else 0
+                data = data[index] if data.shape == (2,) else data.chunk(2, rows)[index]  # a number, or half the rows
+            if self.stored is quantised.DEEPSEEK_V4_MXFP4 and suffix == ".scale":
+                data = data.to(torch.float8_e8m0fnu)  # kept as float32; powers of two in both
             found[suffix] = data
-        return self.stored.read(found)
+        return read_wna16(found) if self.stored is quantised.GPTQ else self.stored.read(found)
+
+
+def read_wna16(tensors: Tensors) -> torch.Tensor:
+    """GPTQ as SGLang's MoeWNA16 keeps it: [rows, columns], two values to a byte, each offset by 8."""
+    packed = tensors[".qweight"]
+    values = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).float() - 8
+    scales = tensors[".scales"]
+    return values * scales.float().repeat_interleave(values.shape[1] // scales.shape[1], 1)
 
 
 def plan_routed(stored: Stored, size: int, ranks: int) -> ShardPlan:
@@ -177,20 +242,32 @@ def plan_routed(stored: Stored, size: int, ranks: int) -> ShardPlan:
     return plan_shards(facts, ranks, multiples=multiples(facts))
 
 
-@pytest.mark.parametrize(("size", "ranks"), SHAPES)
-@pytest.mark.parametrize("stored", ROUTED_FORMATS, ids=lambda stored: stored.name)
-def test_routed_experts_hold_the_original(stored: Stored, size: int, ranks: int) -> None:
+def check_routed(stored: Stored, size: int, ranks: int) -> None:
     experts = [make_mlp(stored, size, expert) for expert in range(EXPERTS)]
-    checkpoint = [item for e, mlp in enumerate(experts) for item in as_checkpoint(mlp, f"{ROUTED}.{e}")]
     plan = plan_routed(stored, size, ranks)
-    weights = list(padded_weights(checkpoint, plan))
-    layers = [Experts(stored, plan.splits["routed"].padded, rank, ranks) for rank in range(ranks)]
-    for layer in layers:
-        layer.load(weights)
+    weights = list(padded_weights(routed_checkpoint(stored, experts), plan))
+    split = plan.splits["routed"]
+    layers = [Experts(stored, split.padded, rank, ranks) for rank in range(ranks)]
+    for rank, layer in enumerate(layers):
+        with as_rank(rank, ranks):
+            layer.load(weights)
     for expert, mlp in enumerate(experts):
         for role, tensors in mlp.items():
             slices = [layer.values(expert, role, tensors) for layer in layers]
-            assert_reassembled(slices, stored.read(tensors), 1 if role == "down" else 0)
+            assert_reassembled(slices, stored.read(tensors), 1 if role == "down" else 0, split.per_rank)
+
+
+@pytest.mark.parametrize(("size", "ranks"), SHAPES)
+@pytest.mark.parametrize("stored", ROUTED_FORMATS, ids=lambda stored: stored.name)
+def test_routed_experts_hold_the_original(stored: Stored, size: int, ranks: int) -> None:
+    check_routed(stored, size, ranks)
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(1408, 2), (1408, 3), (2304, 16)])
+def test_slices_that_marlin_widens_hold_the_original(size: int, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For MXFP4, SGLang rounds Marlin's slices up to 128 values, and fills only what the checkpoint has."""
+    monkeypatch.setattr(mxfp4, "get_moe_runner_backend", lambda: MoeRunnerBackend.MARLIN)
+    check_routed(quantised.COMPRESSED_MXFP4, size, ranks)
 
 
 # Shared experts and dense MLPs.
@@ -213,7 +290,7 @@ class Mlp:
         target.weight_loader(target, tensor, *shard)
 
     def values(self, stored: Stored, role: str, suffixes: Iterable[str]) -> torch.Tensor:
-        found = {suffix: self._parameter(role, suffix).data for suffix in suffixes}
+        found = {suffix: self._parameter(role, suffix).data for suffix in suffixes if suffix != ".weight_shape"}
         if role != "down":
             found = {suffix: data.chunk(2)[0 if role == "gate" else 1] for suffix, data in found.items()}
         return stored.read(found)
@@ -244,7 +321,7 @@ def test_other_mlps_hold_the_original(stored: Stored, size: int, ranks: int, cla
                 layer.load(role, suffix, padded[f"{prefix}.{role}_proj{suffix}"])
     for role, tensors in mlp.items():
         slices = [layer.values(stored, role, tensors) for layer in layers]
-        assert_reassembled(slices, stored.read(tensors), 1 if role == "down" else 0)
+        assert_reassembled(slices, stored.read(tensors), 1 if role == "down" else 0, split.per_rank)
 
 
 # Without ep2tp.
@@ -252,21 +329,40 @@ def test_other_mlps_hold_the_original(stored: Stored, size: int, ranks: int, cla
 
 @pytest.mark.parametrize(
     ("stored", "size", "ranks", "lost"),
-    [(quantised.INT4_GROUP128, 1536, 8, 128), (quantised.MODELOPT_NVFP4, 704, 8, 16)],
-    ids=["int4-192-a-rank", "nvfp4-88-a-rank"],
+    [
+        (quantised.INT4_GROUP128, 1536, 8, 128),
+        (quantised.MODELOPT_NVFP4, 704, 8, 16),
+        (quantised.COMPRESSED_NVFP4, 704, 8, 16),
+        (quantised.COMPRESSED_MXFP4, 2304, 16, 32),
+    ],
+    ids=["int4-192-a-rank", "nvfp4-88-a-rank", "compressed-nvfp4-88-a-rank", "compressed-mxfp4-144-a-rank"],
 )
 def test_sglang_alone_loads_wrong_scales_in_silence(stored: Stored, size: int, ranks: int, lost: int) -> None:
     """The last rank's slice begins within a group, and has room for one scale too few: no error, wrong values."""
     experts = [make_mlp(stored, size, expert) for expert in range(EXPERTS)]
     layer = Experts(stored, size, ranks - 1, ranks)
-    layer.load(item for e, mlp in enumerate(experts) for item in as_checkpoint(mlp, f"{ROUTED}.{e}"))
+    layer.load(routed_checkpoint(stored, experts))
     per_rank = size // ranks
     scales = layer.layer.w2_weight_scale.data[0]
-    assert scales.shape[0 if stored in FLIPPED else 1] == per_rank // lost  # 1.5 or 5.5 groups, rounded down
+    assert scales.shape[0 if stored in FLIPPED else 1] == per_rank // lost  # 1.5, 5.5 or 4.5 groups, rounded down
     original = experts[0]["down"][".weight_scale"].float()
     held = (scales.t() if stored in FLIPPED else scales).float()
     first = per_rank * (ranks - 1) // lost  # the group of this rank's first column
     assert not torch.equal(held, original[:, first : first + held.shape[1]])
+
+
+def test_sglang_alone_gives_gptq_room_for_the_scales_of_all_ranks() -> None:
+    """Why ep2tp refuses Marlin for GPTQ: the kernel divides a slice's columns by the scales, 1024 by 16 here."""
+    size, ranks, group = 2048, 2, 128
+    experts = [make_mlp(quantised.GPTQ, size, expert) for expert in range(EXPERTS)]
+    layer = Experts(quantised.GPTQ, size, 1, ranks, quantisation="gptq_marlin")
+    layer.load(routed_checkpoint(quantised.GPTQ, experts))
+    held, original = layer.layer.w2_scales.data[0], experts[0]["down"][".scales"]
+    columns = 8 * layer.layer.w2_qweight.shape[1]
+    own = columns // group
+    assert (columns // held.shape[0], own) == (64, 8)
+    assert torch.equal(held[:own], original[own:].half())
+    assert not held[own:].any()
 
 
 def test_sglang_alone_refuses_fp8_blocks_that_do_not_divide() -> None:

@@ -46,6 +46,7 @@ EXPECTED = {
     "Qwen3.5/3.6-35B-A3B": "qwen3_5_moe",
     "Qwen3.8-2.4T-A95B": "qwen3_5_moe",
     "MiniMax-M2/M2.1/M2.5/M2.7": "minimax_m2",
+    "MiniMax-M3": "minimax_m3",
     "gpt-oss-120b": "gpt_oss",
     "Llama-4-Maverick": "llama4",
     "Llama-4-Scout": "llama4",
@@ -198,7 +199,9 @@ def test_transformers_config_has_the_fields(name: str, model_type: str) -> None:
     mapping = pytest.importorskip("transformers").CONFIG_MAPPING
     if model_type not in mapping:
         pytest.skip("not in this transformers")
-    assert not missing_fields(FAMILIES[name], mapping[model_type]())
+    # MiniMax-M3's class has no such field, and keeps what config.json says.
+    arguments = {"minimax_m3_vl": {"text_config": {"n_shared_experts": 1}}}.get(model_type, {})
+    assert not missing_fields(FAMILIES[name], mapping[model_type](**arguments))
 
 
 @pytest.mark.parametrize(("name", "model_type"), TYPED)
@@ -369,6 +372,26 @@ NAMES: dict[str, dict[str, Row]] = {
         L3 + "block_sparse_moe.experts.255.w2.weight": ("routed", "down", ".weight", False),
         L3 + "block_sparse_moe.e_score_correction_bias": None,
         L3 + "block_sparse_moe.gate.weight": None,
+    },
+    "minimax_m3": {
+        "language_model." + L3 + "block_sparse_moe.experts.127.w1.weight_packed": (
+            "routed",
+            "gate",
+            ".weight_packed",
+            False,
+        ),
+        L3 + "block_sparse_moe.experts.0.w2.weight_scale_inv": ("routed", "down", ".weight_scale_inv", False),
+        L3 + "block_sparse_moe.shared_experts.up_proj.weight": ("shared", "up", ".weight", False),
+        "language_model.model.layers.0.mlp.down_proj.weight": ("dense", "down", ".weight", False),
+        "language_model.model.mtp.layers.0.transformer_layer.block_sparse_moe.experts.7.w3.weight": (
+            "routed",
+            "up",
+            ".weight",
+            False,
+        ),
+        L3 + "block_sparse_moe.e_score_correction_bias": None,
+        L3 + "block_sparse_moe.gate.weight": None,
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": None,
     },
     "step3p5": {
         L3 + "moe.gate_proj.weight": ("routed", "gate", ".weight", True),

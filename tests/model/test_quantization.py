@@ -253,6 +253,17 @@ def test_modelopt_excludes_by_wildcard(excluded: list[str], expected: list[str],
 # gpt-oss
 
 
+def test_mxfp8_of_minimax_m3() -> None:
+    """M3.1 keeps its routed experts in NVFP4 under the same method."""
+    skipped = ["language_model.model.layers.0", "block_sparse_moe.gate"]
+    quant = {"quant_method": "mxfp8", "weight_block_size": [1, 32], "ignored_layers": skipped}
+    layer = "language_model.model.layers.3.block_sparse_moe."
+    modules = (layer + "experts.7.w1", layer + "shared_experts.up_proj", layer + "gate", skipped[0] + ".mlp.up_proj")
+    assert names(quant, *modules) == ["mxfp8", "mxfp8", "bf16", "bf16"]
+    nvfp4 = {**quant, "moe_quant_algo": "NVFP4", "moe_quant_format": "nvfp4-pack-quantized"}
+    assert names(nvfp4, *modules) == ["nvfp4", "mxfp8", "bf16", "bf16"]
+
+
 def test_mxfp4_quantises_experts_alone() -> None:
     quant = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     modules = ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.router", ATTENTION)

@@ -30,6 +30,7 @@ def outcomes(name: str, form: str, ranks: int) -> dict[tuple[str, str], str]:
         ("Kimi-K2-Thinking", "int4_g32", 64, "runs", "runs", "runs"),
         ("Kimi-K2-Thinking", "int4_g32", 128, "refuses", "refuses", "wrong in silence"),  # 16, groups of 32
         ("DeepSeek-V4-Pro", "mxfp4", 64, "wrong in silence", "wrong in silence", "refuses"),  # 48
+        ("Qwen3-30B-A3B", "mxfp4", 16, "wrong in silence", "wrong in silence", "wrong in silence"),  # 48
         ("GLM-4.5/4.6/4.7", "fp8_channel", 8, "runs", "runs", "runs"),
         ("Qwen3-30B-A3B", "awq_g128", 8, "runs", "runs", "runs"),  # 96: three groups of 32
         ("Qwen3-30B-A3B", "awq_g128", 16, "refuses", "refuses", "runs"),  # 48; of SGLang nothing is known

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ep2tp.engines.padding import exact_in_engine
-from ep2tp.errors import SeamError
+from ep2tp.errors import LaunchError, ModelError, SeamError
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import ClassName
 
@@ -41,6 +41,52 @@ def multiples(facts: ModelFacts) -> dict[ClassName, int]:
     if "nvfp4" in names or any("int4" in name or "int8" in name for name in names):
         return {"routed": 64}
     return {}
+
+
+def refuse_wrong_in_sglang(facts: ModelFacts, ranks: int, quantization: str | None, device: str) -> None:
+    """Refuse what SGLang slices wrongly over any number of ranks, whether its groups divide or not.
+
+    Read, not run on a GPU: for GPTQ, ``GPTQMarlinMoEScheme`` (0.5.17, 0.5.21, 0.5.23) makes room on each rank for the
+    scales of all ranks, and fills its own part; ``moe_wna16_marlin.py`` (0.5.23) divides a slice's size by their
+    number, so each scale serves fewer columns than its group has. MoeWNA16 slices the same checkpoint exactly.
+
+    Args:
+        facts: the model.
+        ranks: those that a rewritten or padded launch slices the routed experts over.
+        quantization: ``--quantization``.
+        device: SGLang's; Marlin runs on GPUs only.
+
+    Raises:
+        ModelError: the routed experts are stored by GPTQ, and Marlin would run them.
+    """
+    routed = facts.tensor_class("routed")
+    is_gptq = routed is not None and any(stored and stored.name.startswith("gptq") for stored in routed.formats)
+    if is_gptq and ranks > 1 and quantization != "moe_wna16" and not pads_itself(device):
+        raise ModelError(
+            f"{facts.source}: SGLang's Marlin kernel takes wrong scales for GPTQ experts that are sliced over {ranks} "
+            "ranks; use --quantization moe_wna16, which does not, or run the launch as given with EP2TP=off"
+        )
+
+
+def refuse_expert_parallel_only(quantization: str | None, runner: str, source: str) -> None:
+    """Refuse a rewritten launch whose experts SGLang runs under expert parallelism only.
+
+    Read from SGLang 0.5.23, ``minimax_m3_nvfp4.py``: on Blackwell GPUs the experts of MiniMax-M3.1's NVFP4 release need
+    MegaMoE or TensorRT-LLM's kernels. Elsewhere SGLang takes Marlin.
+
+    Args:
+        quantization, runner: what SGLang resolved ``--quantization`` and ``--moe-runner-backend`` to.
+        source: the model's name.
+
+    Raises:
+        LaunchError: no runner is chosen that slices these experts.
+    """
+    if quantization == "minimax_m3_nvfp4" and runner not in ("marlin", "flashinfer_trtllm_routed"):
+        raise LaunchError(
+            f"{source}: on Blackwell GPUs SGLang runs these NVFP4 experts by MegaMoE, which is expert parallel, or "
+            "with --moe-runner-backend flashinfer_trtllm_routed (B200, B300); choose that, or run the launch as given "
+            "with EP2TP=off"
+        )
 
 
 def audit(model: Any) -> None:

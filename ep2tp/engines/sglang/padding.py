@@ -39,7 +39,10 @@ def plan(arguments: Any, settings: Settings, is_rewritten: bool) -> ShardPlan | 
     kernel = experts.multiples(facts) if _streams(view) and not experts.pads_itself(view.device) else {}
     found = plan_shards(facts, ranks, handled, view.tp_size, kernel)
     if is_rewritten:
+        experts.refuse_expert_parallel_only(view.quantization, view.moe_runner_backend, facts.source)
         padding.refuse_unchecked(found)
+    if is_rewritten or found.is_padded:
+        experts.refuse_wrong_in_sglang(facts, ranks, view.quantization, view.device)
     if found.is_padded:
         _refuse_unpaddable(found, view, settings)
         padding.check_local_files(Path(str(arguments.model_path)), str(view.load_format), found)
