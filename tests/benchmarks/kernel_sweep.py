@@ -223,17 +223,18 @@ def write_tables(sweeps: Sequence[Path], table: Path | None = None) -> None:
 
     Args:
         sweeps: results of one device; of a point in several, the fastest.
-        table: what kernel_table.py measured with these tables: a shape's configs end where vLLM was faster.
+        table: what kernel_table.py measured with the tables so far: a shape's configs end before the first number of
+            tokens at which vLLM was faster, and a shape that it did not time has none.
     """
     from ep2tp.kernels.configs import FOLDER, file_name
     from tests.benchmarks.kernel_timing import SHAPES
 
     *earlier, found = [json.loads(path.read_text()) for path in sweeps]
-    results = [line for one in (*earlier, found) for line in one["results"]]
-    lost = _lost(json.loads(table.read_text())["lines"]) if table else {}
+    best = fastest([line for one in (*earlier, found) for line in one["results"]])
+    lines = json.loads(table.read_text())["lines"] if table else None
     tables: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for (name, tokens), line in sorted(fastest(results).items()):
-        if tokens < lost.get(name, tokens + 1):
+    for (name, tokens), line in sorted(best.items()):
+        if lines is None or tokens < _first_lost(name, best, lines):
             entry = {"max_tokens": tokens, "microseconds": round(line["seconds"] * 1e6, 1), "config": line["config"]}
             tables[str(SHAPES[name].format)][name].append(entry)
     for stored, shapes in tables.items():
@@ -248,14 +249,16 @@ def write_tables(sweeps: Sequence[Path], table: Path | None = None) -> None:
         print(target)
 
 
-def _lost(lines: list[dict[str, Any]]) -> dict[str, int]:
-    """The least number of tokens at which vLLM was faster, by shape."""
-    lost: dict[str, int] = {}
-    for line in lines:
-        ours, stock = (line.get(name, {}).get("seconds", float("inf")) for name in ("ep2tp", "vllm"))
-        if stock < ours:
-            lost[line["shape"]] = min(line["tokens"], lost.get(line["shape"], line["tokens"]))
-    return lost
+def _first_lost(name: str, best: dict[tuple[str, int], dict[str, Any]], lines: list[dict[str, Any]]) -> int:
+    """The least number of tokens at which vLLM was faster, or which was not compared."""
+    compared = {line["tokens"]: line for line in lines if line["shape"] == name}
+    for tokens in (1, 2, 4, 8, 16, 32, 64):
+        line = compared.get(tokens, {})
+        # Where this number was not swept, it was timed with the tiles of the next one that was.
+        ours = best.get((name, tokens), line.get("ep2tp", {})).get("seconds", float("inf"))
+        if ours >= line.get("vllm", {}).get("seconds", 0.0):
+            return tokens
+    return 65
 
 
 def main() -> None:

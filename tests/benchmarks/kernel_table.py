@@ -112,36 +112,31 @@ def print_line(line: dict[str, Any], header: dict[str, Any]) -> None:
 
 
 def plot(path: Path) -> None:
-    """Operations a second over operations a byte, under the two measured ceilings."""
-    import matplotlib.pyplot as plt
+    """How much of the roofline each kernel reaches, by number of tokens; a panel for each shape."""
+    from matplotlib.figure import Figure
 
     found = json.loads(path.read_text())
     copy, dense = found["copy_bytes_per_s"], found["dense_flops"]
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    intensities = [2.0**power for power in range(0, 13)]
-    axes.plot(intensities, [min(copy * x, dense) / 1e12 for x in intensities], "k-", linewidth=1)
-    axes.set_title(
-        f"MoE layer of one rank, {found['device']}: copy {copy / 1e12:.2f} TB/s, dense {dense / 1e12:.0f} TFLOP/s"
-    )
-    for name, marker, filled in (("vllm", "o", "none"), ("ep2tp", "o", None)):
-        for index, shape in enumerate(dict.fromkeys(line["shape"] for line in found["lines"])):
+    shapes = list(dict.fromkeys(line["shape"] for line in found["lines"]))
+    rows = -(-len(shapes) // 5)
+    figure = Figure(figsize=(13, 0.9 + 2.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, 5, sharex=True, sharey=True, squeeze=False).flat
+    for axes, shape in zip(panels, shapes, strict=False):
+        for name, color in (("vllm", "#dd8452"), ("ep2tp", "#4c72b0")):
             lines = [r for r in found["lines"] if r["shape"] == shape and "seconds" in r.get(name, {})]
-            points = [(r["operations"] / r["bytes"], r["operations"] / r[name]["seconds"] / 1e12) for r in lines]
-            if points:
-                color = f"C{index}"
-                label = f"{shape}, {name}"
-                axes.plot(
-                    *zip(*points, strict=True),
-                    marker,
-                    markersize=4,
-                    color=color,
-                    fillstyle=filled or "full",
-                    label=label,
-                )
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte of weights read", ylabel="TFLOP/s")
-    axes.legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=150)
+            roofs = [max(line["bytes"] / copy, line["operations"] / dense) for line in lines]
+            shares = [100 * roof / line[name]["seconds"] for roof, line in zip(roofs, lines, strict=True)]
+            axes.plot([line["tokens"] for line in lines], shares, "o-", markersize=4, color=color, label=name)
+        axes.set(xscale="log", ylim=(0, 105), title=shape)
+        axes.title.set_fontsize(10)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("tokens", fontsize=10)
+    figure.supylabel("% of the roofline", fontsize=10)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=10)
+    roof = f"copy {copy / 1e12:.2f} TB/s, dense {dense / 1e12:.0f} TFLOP/s"
+    figure.suptitle(f"MoE layer of one rank, {found['device']}; roofline: {roof}", fontsize=11, x=0.4)
+    figure.savefig(path.with_suffix(".png"), dpi=100)
     print(path.with_suffix(".png"))
 
 
