@@ -47,7 +47,7 @@ class Engine:
     def __init__(self, kernel: str, folder: Path, logs: Path, options: argparse.Namespace) -> None:
         self.kernel, self.stem, self.turns = kernel, logs / kernel, 0
         request = {
-            "engine": _engine(folder, options),
+            "engine": _engine(kernel, folder, options),
             "batches": options.batches,
             "repeats": 1,
             "prompt": options.prompt,
@@ -116,10 +116,14 @@ def main() -> None:
             engines.append(Engine(kernel, folder, logs, options))
             running.callback(engines[-1].end)
         facts = {engine.kernel: engine.wait_for("ready", until) for engine in engines}
+        profiles: dict[str, Any] = {}
         samples: dict[str, list[dict[str, float]]] = {kernel: [] for kernel in options.kernels}
         for number in range(options.turns):
             for engine in engines if number % 2 == 0 else reversed(engines):
                 samples[engine.kernel].append(engine.turn(until))
+        for engine in engines:
+            Path(f"{engine.stem}.profile.go").touch()
+            profiles[engine.kernel] = engine.wait_for("profile.json", until)
         whose = {e.kernel: sorted({x.strip() for x in re.findall(r"ep2tp kernel: .*", e.log)}) for e in engines}
     result = {
         "command": sys.argv,
@@ -129,6 +133,7 @@ def main() -> None:
         "layers": options.layers,
         "steps": options.steps,
         "samples": samples,
+        "profiles": profiles,
         "decode": {kernel: _by_batch(found) for kernel, found in samples.items()},
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -136,6 +141,9 @@ def main() -> None:
         print("\n".join(lines))
     for line in _table(result["decode"], options.kernels):
         print(line)
+    for kernel, by_batch in profiles.items():
+        busy = ", ".join(f"{found['busy_ms']:.3f} at {batch}" for batch, found in by_batch.items())
+        print(f"{kernel}: the GPU is busy for ms a step: {busy}")
 
 
 def _by_batch(turns: list[dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -173,8 +181,11 @@ def _environment(kernel: str, is_dry: bool) -> dict[str, str]:
     return {**shared, **CPU_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _engine(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def _engine(kernel: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    traces = folder.with_name(f"traces-{kernel}")
+    traces.mkdir()
     shared: dict[str, Any] = {
+        "profiler_config": {"profiler": "torch", "torch_profiler_dir": str(traces), "torch_profiler_with_stack": False},
         "model": str(folder),
         "skip_tokenizer_init": True,
         "load_format": "dummy",
