@@ -119,7 +119,7 @@ def test_nothing_is_wider_than_the_terminal(columns: int, model: Path) -> None:
     ):
         text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", on_terminal(*words, columns=columns))
         # a launch command is one line, to be copied
-        lines = [line for line in text.splitlines() if "vllm serve" not in line and "sglang.launch_server" not in line]
+        lines = [line for line in text.splitlines() if "vllm serve" not in line and "sglang serve" not in line]
         assert [line for line in lines if len(line.rstrip()) > columns] == []
         assert "…" not in text, f"{words}: cut off"
 

@@ -30,9 +30,17 @@ class Device(NamedTuple):
 class LayerKernel:
     """ep2tp's kernel on one layer's experts, for the numbers of tokens at which it is to run."""
 
-    def __init__(self, experts: Experts, device: Device, is_forced: bool) -> None:
-        """``is_forced``: it runs at every number of tokens (``EP2TP_KERNEL=ep2tp``), not only where it wins."""
+    def __init__(self, experts: Experts, device: Device, is_forced: bool, is_compared: bool) -> None:
+        """The kernel on one layer.
+
+        Args:
+            experts: the layer's.
+            device: the GPU.
+            is_forced: it runs at every number of tokens (``EP2TP_KERNEL=ep2tp``), not only where it wins.
+            is_compared: the tables that ship with ep2tp were measured against this engine's kernel.
+        """
         self.experts, self.device, self._is_forced = experts, device, is_forced
+        self._uses_shipped = is_compared or is_forced
         self._configs: dict[int, KernelConfig | None] = {}
 
     def config(self, tokens: int) -> KernelConfig | None:
@@ -67,8 +75,8 @@ class LayerKernel:
         from ep2tp.kernels import configs, tuned_configs
 
         key, form = self.experts.key, self.experts.gate_up.format
-        found = tuned_configs.choose(self.device.name, key, form, tokens)
-        return configs.default(form, tokens, self.device.capability) if found is None and self._is_forced else found
+        found = tuned_configs.choose(self.device.name, key, form, tokens, self._uses_shipped)
+        return configs.default(tokens, self.device.capability) if found is None and self._is_forced else found
 
 
 def owners(is_ours: Callable[[int], bool]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,7 +62,12 @@ class KernelConfig:
     fp8_bits: bool = False
 
 
-def default(weight_format: WeightFormat, tokens: int, capability: tuple[int, int]) -> KernelConfig:
+Lines = Sequence[tuple[int, KernelConfig]]
+Table = Mapping[Key, Lines]
+"""For each shape: (most tokens, config), tokens rising; above the last one the engine's kernel is faster."""
+
+
+def default(tokens: int, capability: tuple[int, int]) -> KernelConfig:
     """A sound choice for shapes that no table has."""
     few = tokens <= 4
     return KernelConfig(
@@ -76,15 +82,13 @@ def default(weight_format: WeightFormat, tokens: int, capability: tuple[int, int
 
 def choose(device_name: str, key: Key, weight_format: WeightFormat, tokens: int) -> KernelConfig | None:
     """The fastest measured config, or None where the engine's own kernel is faster or nothing was measured."""
-    for most_tokens, config in _table(device_name, str(weight_format)).get(key, ()):
-        if tokens <= most_tokens:
-            return config
-    return None
+    lines = shipped(device_name, key, weight_format)
+    return next((config for most, config in lines if tokens <= most), None)
 
 
-def wins(device_name: str, key: Key, weight_format: WeightFormat, tokens: int) -> bool:
-    """Whether this kernel was measured to be faster than the engine's at this many tokens."""
-    return choose(device_name, key, weight_format, tokens) is not None
+def shipped(device_name: str, key: Key, weight_format: WeightFormat) -> Lines:
+    """All that ep2tp has of a shape on a device: (most tokens, config), tokens rising."""
+    return _cached_table(FOLDER / file_name(device_name, str(weight_format))).get(key, [])
 
 
 def file_name(device_name: str, weight_format: str) -> str:
@@ -92,18 +96,20 @@ def file_name(device_name: str, weight_format: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9]+', '_', device_name)}-{weight_format}.json"
 
 
-@lru_cache
-def _table(device_name: str, weight_format: str) -> dict[Key, tuple[tuple[int, KernelConfig], ...]]:
-    path = FOLDER / file_name(device_name, weight_format)
+def read_table(path: Path) -> Table:
+    """A table; empty where there is no such file."""
     if not path.exists():
         return {}
-    entries = json.loads(path.read_text())["shapes"]
+    shapes = json.loads(path.read_text(encoding="utf-8"))["shapes"]
     return {
-        (entry["E"], entry["K"], entry["I"], entry["top_k"]): tuple(
-            (line["max_tokens"], from_json(line["config"])) for line in entry["configs"]
-        )
-        for entry in entries
+        (shape["E"], shape["K"], shape["I"], shape["top_k"]): [
+            (int(line["max_tokens"]), from_json(line["config"])) for line in shape["configs"]
+        ]
+        for shape in shapes
     }
+
+
+_cached_table = lru_cache(read_table)
 
 
 def from_json(fields: dict[str, Any]) -> KernelConfig:

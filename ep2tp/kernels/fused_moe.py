@@ -63,7 +63,7 @@ def fused_moe(
     step = max(1, MAX_PAIRS // top_k)
     for first in range(0, tokens, step):
         part = slice(first, first + step)
-        chosen = config or default(gate_up.format, min(step, tokens), _capability(x.device))
+        chosen = config or default(min(step, tokens), _capability(x.device))
         inner = run_gate_up(layer, chosen, x[part], topk_weights[part], topk_ids[part])
         run_down(layer, chosen, inner, topk_weights[part], topk_ids[part], out[part])
     return out

@@ -205,9 +205,16 @@ def _check_weights(name: str, weights: ExpertWeights, shape: tuple[int, int, int
 
 
 def _check_block(name: str, kind: str, block: tuple[int, int]) -> None:
-    groups = {"int4": block[0] == 1 and block[1] % 32 == 0, "mxfp4": block == (1, 32), "nvfp4": block == (1, 16)}
-    fits = groups.get(kind, block[0] >= 0 and block[1] % UNIT == 0)
-    _require(fits, f"{name}.format.block", str(block), f"a block that {kind} has, its columns a multiple of {UNIT}")
+    is_power = block[1] & (block[1] - 1) == 0
+    groups = {
+        "int4": block[0] == 1 and block[1] % 32 == 0 and is_power,
+        "mxfp4": block == (1, 32),
+        "nvfp4": block == (1, 16),
+    }
+    fits = groups.get(kind, block[0] >= 0 and block[1] % UNIT == 0 and is_power)
+    _require(
+        fits, f"{name}.format.block", str(block), f"a block that {kind} has, its columns a power of two, {UNIT} or more"
+    )
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

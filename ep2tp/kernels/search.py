@@ -16,7 +16,7 @@ EngineConfig = Mapping[str, int]
 _PASS = {
     "rows": (2, 4, 8, 16, 32, 64, 128),
     "columns": (64, 128, 256, 512, 1024, 2048, 4096),
-    "warps": (1, 2, 4, 8),
+    "warps": (1, 2, 4, 8, 16),
     "stages": (1, 2, 3, 4, 6),
 }
 _ENGINE = {

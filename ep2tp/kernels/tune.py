@@ -37,8 +37,8 @@ class Timed:
 
     @property
     def wins(self) -> bool:
-        """Whether ep2tp's kernel is faster than the engine's tuned one."""
-        return self.ours_ms < self.engine_ms
+        """Whether ep2tp's kernel is faster than the engine's tuned one; not where the engine's did not run."""
+        return isfinite(self.engine_ms) and self.ours_ms < self.engine_ms
 
 
 @dataclass
@@ -49,14 +49,19 @@ class Tuning:
     device: str
     timed: list[Timed] = field(default_factory=list)
 
-    def table(self) -> tuned_configs.Table:
-        """ep2tp's own: configurations up to the first number of tokens at which the engine's kernel is faster."""
-        lines = []
+    def table(self) -> configs.Table:
+        """ep2tp's own: configurations up to the first number of tokens at which the engine's kernel is faster.
+
+        Where none was timed at which it is, lines that ship with ep2tp follow for more tokens.
+        """
+        lines: list[tuple[int, KernelConfig]] = []
         for one in sorted(self.timed, key=lambda t: t.tokens):
             if not one.wins:
-                break
+                return {self.slice.key: lines}
             lines.append((one.tokens, one.ours))
-        return {self.slice.key: lines}
+        most = max(one.tokens for one in self.timed)
+        shipped = configs.shipped(self.device, self.slice.key, self.slice.format)
+        return {self.slice.key: [*lines, *(line for line in shipped if line[0] > most)]}
 
     def engine_file(self) -> dict[str, EngineConfig]:
         """The engine's own file: configurations by number of tokens."""
@@ -134,7 +139,9 @@ def _one(
         return milliseconds(lambda: engine.run(x, gate_up, down, routing.weights, routing.ids, config), routing)
 
     now = time.monotonic()
-    starts = [configs.default(s.format, tokens, capability), *(one.ours for one in tuning.timed[-1:])]
+    shipped = configs.choose(tuning.device, s.key, s.format, tokens)
+    starts = [*([shipped] if shipped else []), configs.default(tokens, capability)]
+    starts += [one.ours for one in tuning.timed[-1:]]
     best, best_ms = descend(starts, kernel_moves, runs_or_inf(ours, errors), now + share / 2)
     default: Mapping[str, int] = engine.default_config(down, s.top_k, tokens)
     guarded = runs_or_inf(theirs, errors)

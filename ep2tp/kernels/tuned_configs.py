@@ -6,20 +6,19 @@ shape in the user's table hides the same shape in the table that ships with ep2t
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ep2tp.errors import SettingError
 from ep2tp.kernels import configs
-from ep2tp.kernels.configs import KernelConfig, Key
+from ep2tp.kernels.configs import KernelConfig, Key, Table
 from ep2tp.kernels.operands import WeightFormat
-
-Table = Mapping[Key, Sequence[tuple[int, KernelConfig]]]
-"""For each shape: (most tokens, configuration), tokens rising; above the last one the engine's kernel is faster."""
 
 
 def user_folder() -> Path:
@@ -28,8 +27,17 @@ def user_folder() -> Path:
     return Path(cache).expanduser() / "ep2tp" / "configs"
 
 
-def choose(device_name: str, key: Key, weight_format: WeightFormat, tokens: int) -> KernelConfig | None:
+def choose(
+    device_name: str, key: Key, weight_format: WeightFormat, tokens: int, shipped: bool = True
+) -> KernelConfig | None:
     """The fastest configuration of the user's table, or of ep2tp's; None where the engine's kernel is faster.
+
+    Args:
+        device_name: as PyTorch has it.
+        key: the experts' shape.
+        weight_format: of their weights.
+        tokens: of a call.
+        shipped: whether ep2tp's own table counts.
 
     Raises:
         SettingError: the user's table cannot be read.
@@ -37,7 +45,7 @@ def choose(device_name: str, key: Key, weight_format: WeightFormat, tokens: int)
     path = user_folder() / configs.file_name(device_name, str(weight_format))
     lines = _read_cached(path).get(key)
     if lines is None:
-        return configs.choose(device_name, key, weight_format, tokens)
+        return configs.choose(device_name, key, weight_format, tokens) if shipped else None
     return next((config for most, config in lines if tokens <= most), None)
 
 
@@ -48,15 +56,7 @@ def read_table(path: Path) -> Table:
         SettingError: the file is damaged.
     """
     try:
-        shapes = json.loads(path.read_text(encoding="utf-8"))["shapes"]
-        return {
-            (shape["E"], shape["K"], shape["I"], shape["top_k"]): [
-                (int(line["max_tokens"]), configs.from_json(line["config"])) for line in shape["configs"]
-            ]
-            for shape in shapes
-        }
-    except FileNotFoundError:
-        return {}
+        return configs.read_table(path)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise SettingError(
             f"{path}: not a table of kernel configurations ({error}); delete it and tune again"
@@ -67,20 +67,35 @@ _read_cached = lru_cache(read_table)
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Add shapes to a table, in place of the same shapes; another process never sees half a file.
+    """Add shapes to a table, in place of the same shapes; others see the old file or the whole new one.
+
+    Two that write at the same time wait for each other, so that no shape is lost.
 
     Raises:
         SettingError: there is a damaged table.
     """
-    merged = {**read_table(path), **table}
-    shapes = [
-        {
-            **dict(zip(("E", "K", "I", "top_k"), key, strict=True)),
-            "configs": [{"max_tokens": most, "config": configs.to_json(config)} for most, config in lines],
-        }
-        for key, lines in sorted(merged.items())
-    ]
-    write_json(path, {"shapes": shapes})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path.parent):
+        merged = {**read_table(path), **table}
+        shapes = [
+            {
+                **dict(zip(("E", "K", "I", "top_k"), key, strict=True)),
+                "configs": [{"max_tokens": most, "config": configs.to_json(config)} for most, config in lines],
+            }
+            for key, lines in sorted(merged.items())
+        ]
+        write_json(path, {"shapes": shapes})
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process that asks for the same is in here."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

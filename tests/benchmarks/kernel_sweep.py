@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -224,7 +224,7 @@ def write_tables(sweeps: Sequence[Path], table: Path | None = None) -> None:
     Args:
         sweeps: results of one device; of a point in several, the fastest.
         table: what kernel_table.py measured with the tables so far: a shape's configs end before the first number of
-            tokens at which vLLM was faster, and a shape that it did not time has none.
+            tokens at which vLLM was faster or was not timed.
     """
     from ep2tp.kernels.configs import FOLDER, file_name
     from tests.benchmarks.kernel_timing import SHAPES
@@ -233,9 +233,10 @@ def write_tables(sweeps: Sequence[Path], table: Path | None = None) -> None:
     best = fastest([line for one in (*earlier, found) for line in one["results"]])
     lines = json.loads(table.read_text())["lines"] if table else None
     tables: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for (name, tokens), line in sorted(best.items()):
-        if lines is None or tokens < _first_lost(name, best, lines):
-            entry = {"max_tokens": tokens, "microseconds": round(line["seconds"] * 1e6, 1), "config": line["config"]}
+    for name in dict.fromkeys(name for name, _ in best):
+        swept = {tokens: line for (other, tokens), line in sorted(best.items()) if other == name}
+        for tokens, seconds, config in swept_lines(swept) if lines is None else won_lines(name, swept, lines):
+            entry = {"max_tokens": tokens, "microseconds": round(seconds * 1e6, 1), "config": config}
             tables[str(SHAPES[name].format)][name].append(entry)
     for stored, shapes in tables.items():
         entries = [
@@ -249,16 +250,29 @@ def write_tables(sweeps: Sequence[Path], table: Path | None = None) -> None:
         print(target)
 
 
-def _first_lost(name: str, best: dict[tuple[str, int], dict[str, Any]], lines: list[dict[str, Any]]) -> int:
-    """The least number of tokens at which vLLM was faster, or which was not compared."""
-    compared = {line["tokens"]: line for line in lines if line["shape"] == name}
-    for tokens in (1, 2, 4, 8, 16, 32, 64):
-        line = compared.get(tokens, {})
-        # Where this number was not swept, it was timed with the tiles of the next one that was.
-        ours = best.get((name, tokens), line.get("ep2tp", {})).get("seconds", float("inf"))
-        if ours >= line.get("vllm", {}).get("seconds", 0.0):
-            return tokens
-    return 65
+def swept_lines(swept: dict[int, dict[str, Any]]) -> Iterator[tuple[int, float, dict[str, Any]]]:
+    """(tokens, seconds, config) of every number of tokens that was swept."""
+    for tokens, line in swept.items():
+        yield tokens, line["seconds"], line["config"]
+
+
+def won_lines(
+    name: str, swept: dict[int, dict[str, Any]], lines: list[dict[str, Any]]
+) -> Iterator[tuple[int, float, dict[str, Any]]]:
+    """As :func:`swept_lines`, up to the first number of tokens at which vLLM was faster or was not timed.
+
+    A number that was not swept was timed with the config of the next one that was. What was swept after the comparison
+    counts with the sweep's time.
+    """
+    for line in lines:
+        tokens = line["tokens"]
+        config = next((one["config"] for most, one in swept.items() if tokens <= most), None)
+        ours = line.get("ep2tp", swept.get(tokens, {})).get("seconds", float("inf"))
+        if line["shape"] != name:
+            continue
+        if config is None or ours >= line.get("vllm", {}).get("seconds", 0.0):
+            return
+        yield tokens, swept.get(tokens, {"seconds": ours})["seconds"], config
 
 
 def main() -> None:

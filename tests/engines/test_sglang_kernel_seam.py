@@ -17,11 +17,12 @@ STAND_IN = Path(__file__).parent / "kernel_stand_in"
 CHILD = """
 import logging
 import re
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.runtime_context import get_context, get_parallel
 
 from ep2tp.engines.sglang import kernel
@@ -64,7 +65,7 @@ with torch.no_grad(), published, get_parallel().override(**alone):
     part = model["experts"](values.clone(), filled)
     torch.testing.assert_close(part[:3], ours[:3], rtol=0, atol=0)
     path = tuned_configs.user_folder() / configs.file_name("cpu", "bf16")
-    tuned_configs.write_table(path, {(EXPERTS, HIDDEN, SIZE, TOP_K): [(2, configs.default(bf16, 2, (9, 0)))]})
+    tuned_configs.write_table(path, {(EXPERTS, HIDDEN, SIZE, TOP_K): [(2, configs.default(2, (9, 0)))]})
     tuned_configs._read_cached.cache_clear()
     other = layer(routed_scaling_factor=2.5)
     other["experts"].load_state_dict(model["experts"].state_dict())
@@ -75,7 +76,22 @@ with torch.no_grad(), published, get_parallel().override(**alone):
     torch.testing.assert_close(other["experts"](values[:2].clone(), few), ours[:2], rtol=1e-5, atol=1e-4)
     other["experts"].w2_weight = torch.nn.Parameter(other["experts"].w2_weight * 2)  # weights that are loaded again
     torch.testing.assert_close(other["experts"](values[:2].clone(), few) * 1.25, ours[:2], rtol=1e-4, atol=1e-2)
-    for options, why in (({"activation": "gelu"}, "is gelu"), ({"swiglu_limit": 7.0}, "with or without a clamp")):
+    in_bf16 = StandardTopKOutput(chosen.topk_weights.bfloat16(), *chosen[1:])  # as Llama 4's router gives them
+    rounded = StandardTopKOutput(in_bf16.topk_weights.float(), *chosen[1:])
+    expected = model["experts"](values.clone(), rounded)
+    torch.testing.assert_close(model["experts"](values.clone(), in_bf16), expected, rtol=0, atol=0)
+    silent = layer()
+    silent["experts"].quant_method.get_triton_quant_info = MethodType(
+        FusedMoEMethodBase.get_triton_quant_info, silent["experts"].quant_method
+    )
+    kernel.install(silent, Kernel.AUTO, arguments)  # ModelOpt's FP8 method inherits one that raises
+    assert "does not say where its weights are" in lines.pop()
+    both = {"apply_router_weight_on_input": True, "routed_scaling_factor": 2.5}
+    for options, why in (
+        ({"activation": "gelu"}, "is gelu"),
+        ({"swiglu_limit": 7.0}, "with or without a clamp"),
+        (both, "scaling factor to the output"),
+    ):
         other = layer(**options)
         try:
             kernel.install(other, Kernel.EP2TP, arguments)

@@ -26,7 +26,7 @@ def own_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compiled(capability: int, stored: str, tokens: int, **changes: Any) -> Iterator[Any]:
     pretend(capability)
-    config = replace(default(FORMATS[stored], tokens, (capability // 10, capability % 10)), **changes)
+    config = replace(default(tokens, (capability // 10, capability % 10)), **changes)
     for launch in launches(config, FORMATS[stored], SHAPE, tokens):
         yield launch.compile()
 

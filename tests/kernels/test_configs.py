@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ep2tp.kernels import configs
-from ep2tp.kernels.configs import KernelConfig, PassConfig, choose, default, file_name, from_json, to_json, wins
+from ep2tp.kernels.configs import KernelConfig, PassConfig, choose, default, file_name, from_json, to_json
 from tests.benchmarks.kernel_sweep import write_tables
 from tests.kernels.layers import FP8
 
@@ -35,22 +35,21 @@ def test_a_sweep_becomes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     header = {"device": DEVICE, "torch": "2", "triton": "3", "copy_bytes_per_s": 3e12}
     sweep.write_text(json.dumps({**header, "results": results}))
     monkeypatch.setattr(configs, "FOLDER", tmp_path / "configs")
-    configs._table.cache_clear()
+    configs._cached_table.cache_clear()
     write_tables([sweep])
     assert [choose(DEVICE, DSV3_TP8, FP8, tokens) for tokens in (1, 2, 8, 9)] == [FEW, MANY, MANY, None]
-    assert wins(DEVICE, DSV3_TP8, FP8, 8) and not wins(DEVICE, DSV3_TP8, FP8, 9)
     assert choose(DEVICE, (128, 7168, 256, 8), FP8, 1) is None
     assert choose("another", DSV3_TP8, FP8, 1) is None
-    configs._table.cache_clear()
+    configs._cached_table.cache_clear()
     table = tmp_path / "table.json"
     for lines, few in (([faster(1, "ep2tp"), faster(8, "vllm")], FEW), ([faster(1, "vllm")], None), ([], None)):
         table.write_text(json.dumps({"lines": lines}))
         for path in configs.FOLDER.iterdir():
             path.unlink()
         write_tables([sweep], table)
-        configs._table.cache_clear()
+        configs._cached_table.cache_clear()
         assert [choose(DEVICE, DSV3_TP8, FP8, tokens) for tokens in (1, 2, 8)] == [few, None, None]
-    configs._table.cache_clear()
+    configs._cached_table.cache_clear()
 
 
 def faster(tokens: int, name: str) -> dict[str, object]:
@@ -65,5 +64,5 @@ def test_file_names_have_no_spaces() -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
 def test_defaults_use_only_what_a_gpu_has(capability: tuple[int, int]) -> None:
     for tokens in (1, 64):
-        config = default(FP8, tokens, capability)
+        config = default(tokens, capability)
         assert config.overlap == (capability >= (9, 0)) and config.fp8_bits == (capability < (8, 9))

@@ -24,6 +24,7 @@ BY_EXPERT = KernelConfig(
     PassConfig(16, 64, 4, 2), PassConfig(32, 128, 4, 2, tiles=3), by_pair=False, by_token=False, pairs=8
 )
 METHODS = {"by pair": BY_PAIR, "by expert": BY_EXPERT}
+MIXED = replace(BY_EXPERT, down=BY_PAIR.down, by_token=True)
 LIMIT = {torch.float16: 6e-4, torch.bfloat16: 8e-3}
 ODD = (80, 96, 144, 160, 176, 192, 288, 320, 352)
 
@@ -47,6 +48,11 @@ def check(made: MoeLayer, config: KernelConfig, activation: Activation = Activat
 @pytest.mark.parametrize("stored", FORMATS)
 def test_every_format(stored: str, method: str) -> None:
     check(layer(FORMATS[stored], tokens=3, hidden=160, inner=96, bias=True, dtype=torch.float16), METHODS[method])
+
+
+@pytest.mark.parametrize("stored", ["bf16", "fp8-64", "nvfp4"])
+def test_first_by_expert_and_then_by_token(stored: str) -> None:
+    check(layer(FORMATS[stored], tokens=3, hidden=160, inner=96, bias=True, dtype=torch.float16), MIXED)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -165,7 +171,7 @@ def test_no_tokens_and_no_slots() -> None:
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_default_config(tokens: int) -> None:
     made = layer(FORMATS["fp8-64"], tokens=tokens, dtype=torch.float16)
-    check(made, default(made.gate_up.format, tokens, (8, 0)))
+    check(made, default(tokens, (8, 0)))
 
 
 def test_refined_scales_give_the_same_bits() -> None:

@@ -44,6 +44,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     ),
     "scales' dtype": (lambda m: weights(m, "down", scales=scales(m).half()), r"down.scales is torch.float16"),
     "block": (lambda m: weights(m, "down", format=WeightFormat("fp8", (64, 40))), r"down.format.block is \(64, 40\)"),
+    "odd block": (lambda m: weights(m, "down", format=WeightFormat("fp8", (64, 48))), r"a power of two, 16 or more"),
     "kinds": (lambda m: replace(m, down=layer(FORMATS["nvfp4"], tokens=1).down), r"down.format is nvfp4"),
     "global scales": (lambda m: weights(m, "down", global_scales=torch.ones(4)), r"down.global_scales"),
     "bias": (lambda m: weights(m, "down", bias=torch.ones(4, 255)), r"down.bias is .*\[4, 255\]"),

@@ -37,7 +37,7 @@ from ep2tp.model.locate import facts_of
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
 BLOCKS = WeightFormat("fp8", (128, 128))
 DEVICE = "NVIDIA H100 80GB HBM3"
-DEFAULT = configs.default(BLOCKS, 1, (9, 0))
+DEFAULT = configs.default(1, (9, 0))
 ENGINE_CONFIG = {"BLOCK_SIZE_M": 16, "BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "GROUP_SIZE_M": 1}
 
 
@@ -141,6 +141,20 @@ def test_a_launch_reads_the_table_that_was_written(cache: Path) -> None:
     assert chosen == [DEFAULT, DEFAULT, DEFAULT, None, None]  # only up to where the engine's kernel first wins
     assert json.loads(theirs.read_text()) == {str(tokens): ENGINE_CONFIG for tokens in (1, 4, 16, 64)}
     assert theirs == cache / "vllm" / "file.json"
+
+
+def test_what_ships_stays_where_tuning_was_interrupted(cache: Path) -> None:
+    """A table ends where the engine's kernel was seen to be faster, not where time was up."""
+    shape, key = Slice(256, 7168, 256, 8, BLOCKS), (256, 7168, 256, 8)
+    shipped = configs.shipped(DEVICE, key, BLOCKS)
+    assert [most for most, _ in shipped] == [1, 2, 4, 8, 16, 32, 64]
+    assert Tuning(shape, DEVICE, [timed(1, 1.0)]).table() == {key: [(1, DEFAULT), *shipped[1:]]}
+    assert Tuning(shape, DEVICE, [timed(1, 1.0), timed(2, 3.0)]).table() == {key: [(1, DEFAULT)]}
+
+
+def test_nothing_wins_against_a_kernel_that_did_not_run() -> None:
+    assert not timed(4096, 9.0, engine=inf).wins
+    assert not timed(4096, inf, engine=inf).wins
 
 
 def test_a_table_keeps_other_shapes_and_replaces_its_own(cache: Path) -> None:
@@ -250,7 +264,7 @@ def test_tuning_keeps_what_is_fastest_and_right(monkeypatch: pytest.MonkeyPatch)
     )
     monkeypatch.setattr(fused_moe, "fused_moe", broken)
     monkeypatch.setattr(timing, "milliseconds", clock)
-    start = configs.default(BLOCKS, 1, (8, 9))
+    start = configs.default(1, (8, 9))
     moves = [c for c in kernel_moves(start) if c.gate_up.warps == 2 or c.down.warps in (2, 8)]
     monkeypatch.setattr("ep2tp.kernels.tune.kernel_moves", lambda config: moves)
     tuning, told = Tuning(Slice(4, 64, 32, 2, WeightFormat("fp8", (32, 32))), DEVICE), []

@@ -44,7 +44,7 @@ def install(model: Any, kernel: Kernel, arguments: Any) -> None:
 
 
 def _put(layer: Any, device: Device, is_forced: bool, arguments: Any) -> str:
-    ours = LayerKernel(_experts(layer, arguments), device, is_forced)
+    ours = LayerKernel(_experts(layer, arguments), device, is_forced, is_compared=False)
     tensors = _tensors(layer)
     scaling = layer.moe_runner_config.routed_scaling_factor
     engine_core = layer.run_moe_core
@@ -57,7 +57,8 @@ def _put(layer: Any, device: Device, is_forced: bool, arguments: Any) -> str:
         config = ours.config(x.shape[0]) if is_plain and _tensors(layer) == tensors else None
         if config is None:
             return engine_core(dispatch_output=dispatch_output)
-        weights = topk.topk_weights if scaling in (None, 1.0) else topk.topk_weights * scaling
+        weights = topk.topk_weights.float()  # Llama 4's come in BF16
+        weights = weights if scaling in (None, 1.0) else weights * scaling
         return StandardCombineInput(hidden_states=ours(x, weights, topk.topk_ids, config))
 
     text = str(ours)
@@ -83,8 +84,10 @@ def _experts(layer: Any, arguments: Any) -> Experts:
 
     method, config = layer.quant_method, layer.moe_runner_config
     runner = getattr(method, "runner", None)
-    if runner is None or not runner.runner_backend.is_triton() or not hasattr(method, "get_triton_quant_info"):
-        name = runner.runner_backend.value if runner is not None else type(method).__name__
+    if runner is None:
+        raise UnfitError(f"SGLang's {type(method).__name__} runs its experts in a way of its own")
+    if not runner.runner_backend.is_triton():
+        name = runner.runner_backend.value
         raise UnfitError(f"SGLang's {name} keeps weights in a layout of its own (--moe-runner-backend triton does not)")
     if layer.moe_ep_size != 1 or type(layer.dispatcher).__name__ not in STANDARD_DISPATCHERS:
         raise UnfitError("the layer is not tensor parallel")
@@ -100,7 +103,12 @@ def _experts(layer: Any, arguments: Any) -> Experts:
         raise UnfitError("the caller combines the experts' outputs")
     if getattr(layer, "use_intel_amx_backend", False):
         raise UnfitError("the weights are packed for AMX")
-    found = method.get_triton_quant_info(layer)
+    if config.apply_router_weight_on_input and config.routed_scaling_factor not in (None, 1.0):
+        raise UnfitError("router weights go to the input, and their scaling factor to the output")
+    try:
+        found = method.get_triton_quant_info(layer)
+    except (NotImplementedError, AttributeError):
+        raise UnfitError(f"SGLang's {type(method).__name__} does not say where its weights are") from None
     if getattr(found, "fuse_swiglu_interleaved", False) or getattr(found, "use_mxfp8", False):
         raise UnfitError("SGLang interleaved gate and up, or stores MXFP8")
     gate_up = expert_weights(found.w13_weight, found.w13_scale, found.block_shape, found.b13)
