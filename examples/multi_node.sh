@@ -8,6 +8,7 @@
 # Further arguments are vLLM's, and win over those here. Set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME where nodes have
 # several networks.
 set -euo pipefail
+export EP2TP=${EP2TP:-on}
 
 rank=${1:?number of this node, from 0}
 first=${2:?address of node 0}
