@@ -6,12 +6,14 @@ engines call their experts inside a custom operation of their own, into which ``
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ep2tp.engines.loaded_experts import Experts, UnfitError
-from ep2tp.errors import LaunchError
+from ep2tp.engines.seams import Seam
+from ep2tp.errors import LaunchError, SeamError
 from ep2tp.settings import Kernel
 
 if TYPE_CHECKING:
@@ -104,6 +106,22 @@ def this_device() -> Device:
     if not torch.cuda.is_available():
         return Device("cpu", (0, 0))
     return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+
+
+def is_wanted(kernel: Kernel, seam: Seam, logger: logging.Logger) -> bool:
+    """Whether layers are to be looked at: not with ``EP2TP_KERNEL=engine``, nor where ``seam`` does not hold.
+
+    Raises:
+        SeamError: ``EP2TP_KERNEL=ep2tp``, and this engine does not run experts as ep2tp expects.
+    """
+    if kernel is Kernel.ENGINE:
+        return False
+    if problem := seam.problem():
+        if kernel is Kernel.EP2TP:
+            raise SeamError(f"EP2TP_KERNEL=ep2tp: {problem}; EP2TP_KERNEL=auto uses the engine's kernel")
+        logger.warning("ep2tp kernel: the engine's: %s", problem)
+        return False
+    return True
 
 
 def put_on_layers(layers: Iterable[tuple[str, Any]], put: Callable[[Any], str], kernel: Kernel) -> list[str]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ep2tp.engines.kernel import Device, LayerKernel, put_on_layers, this_device
+from ep2tp.engines.kernel import Device, LayerKernel, is_wanted, put_on_layers, this_device
 from ep2tp.engines.loaded_experts import Experts, UnfitError, expert_weights
 from ep2tp.engines.sglang import seams
 from ep2tp.engines.sglang.experts import STANDARD_DISPATCHERS, moe_layers
-from ep2tp.errors import SeamError
 from ep2tp.settings import Kernel
 
 logger = logging.getLogger("sglang.ep2tp")
@@ -31,12 +30,7 @@ def install(model: Any, kernel: Kernel, arguments: Any) -> None:
         LaunchError: ``EP2TP_KERNEL=ep2tp``, and a layer that ep2tp's kernel does not take.
         SeamError: ``EP2TP_KERNEL=ep2tp``, and this SGLang does not run experts as ep2tp expects.
     """
-    if kernel is Kernel.ENGINE:
-        return
-    if problem := seams.KERNEL.problem():
-        if kernel is Kernel.EP2TP:
-            raise SeamError(f"EP2TP_KERNEL=ep2tp: {problem}; EP2TP_KERNEL=auto uses the engine's kernel")
-        logger.warning("ep2tp kernel: the engine's: %s", problem)
+    if not is_wanted(kernel, seams.KERNEL, logger):
         return
     is_forced, device = kernel is Kernel.EP2TP, this_device()
     for line in put_on_layers(moe_layers(model), lambda layer: _put(layer, device, is_forced, arguments), kernel):

@@ -11,10 +11,9 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ep2tp.engines.kernel import Device, LayerKernel, put_on_layers, this_device
+from ep2tp.engines.kernel import Device, LayerKernel, is_wanted, put_on_layers, this_device
 from ep2tp.engines.loaded_experts import Experts, UnfitError, expert_weights
 from ep2tp.engines.vllm import seams
-from ep2tp.errors import SeamError
 from ep2tp.settings import Kernel
 
 if TYPE_CHECKING:
@@ -39,12 +38,7 @@ def install(model: Any, kernel: Kernel) -> None:
         LaunchError: ``EP2TP_KERNEL=ep2tp``, and a layer that ep2tp's kernel does not take.
         SeamError: ``EP2TP_KERNEL=ep2tp``, and this vLLM's kernels are not called as ep2tp expects.
     """
-    if kernel is Kernel.ENGINE:
-        return
-    if problem := seams.KERNEL.problem():
-        if kernel is Kernel.EP2TP:
-            raise SeamError(f"EP2TP_KERNEL=ep2tp: {problem}; EP2TP_KERNEL=auto uses the engine's kernel")
-        logger.warning("ep2tp kernel: the engine's: %s", problem)
+    if not is_wanted(kernel, seams.KERNEL, logger):
         return
     is_forced, device = kernel is Kernel.EP2TP, this_device()
     lines = put_on_layers(_layers(model), lambda layer: _put(layer, device, is_forced), kernel)
