@@ -60,10 +60,12 @@ class Run:
                 does not expect. What is done is kept.
         """
         journal, options = self.journal, self.options
-        planned = self.plan()
-        if planned.status == "complete" and not journal.is_open:
+        planned = self._plan_beside_others()
+        if planned is not None and planned.status == "complete" and not journal.is_open:
             return planned
         with journal.lock(self.parts):
+            if planned is None:
+                self.plan()
             if not options.overwrite and journal.is_finished():  # maybe by the process that held the lock
                 if self.parts is None:
                     journal.remove_state()
@@ -77,6 +79,21 @@ class Run:
         written = sum(self.sizes[name] for name in todo - self._linked())
         status = "done" if options.ranks is None else "part"
         return Result(self.conversion, status, written, len(self.mine) - len(todo))
+
+    def _plan_beside_others(self) -> Result | None:
+        """The plan, made before the lock: that leaves a file in the folder, which may turn out to be another's.
+
+        Returns:
+            None where a process was at work on the folder: it may have made the files and the notes of them disagree
+            while they were looked at, so that only a look under the lock counts.
+
+        Raises:
+            CheckpointError: the conversion cannot be written there, and no process was at work.
+        """
+        try:
+            return self.plan()
+        except (CheckpointError, OSError):
+            return None if self.journal.is_open else self.plan()  # again: one may have ended since the first look
 
     def _is_mine(self, output: str) -> bool:
         if self.options.finish:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from ep2tp.checkpoint import origin, writer
+from ep2tp.checkpoint import earlier, origin, writer
 from ep2tp.checkpoint.journal import Journal
 from ep2tp.checkpoint.reshard import reshard
 from ep2tp.checkpoint.verify import verify
@@ -196,6 +196,38 @@ def test_two_processes_race(source: Path, tmp_path: Path) -> None:
         assert "done" in outcomes
         assert all(outcome in ("done", "complete") or "another process" in outcome for outcome in outcomes), outcomes
         assert tree(out) == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("ends_in_time", [True, False])
+def test_another_process_ends_between_two_looks(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_in_time: bool
+) -> None:
+    """Looked at while another process exchanges its plan for the manifest, a folder seems to be nobody's."""
+    out, looks = tmp_path / "out", [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            reshard(source, out, tp=2)
+    load = earlier.load
+
+    def load_late(path: Path) -> dict[str, Any] | None:
+        looks[0] += 1
+        if looks[0] == 2:  # the manifest was not there yet; the plan is gone
+            reshard(source, out, tp=2)
+            if not ends_in_time:
+                (out / earlier.LOCK).touch()
+            assert path.name == "plan.json"
+        return load(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(earlier, "load", load_late)
+        assert reshard(source, out, tp=2, overwrite=True).status == "done"
+    assert looks[0] > 2 and not (out / earlier.LOCK).exists()
+    verify(out, source)
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_two_conversions_begin_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
