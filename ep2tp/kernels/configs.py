@@ -28,6 +28,9 @@ class PassConfig:
         stages: of the loads' software pipeline.
         tiles: that a program takes in turn, in the second pass by expert: what finding the expert's pairs costs is then
             shared by as many.
+        slices: of a tile's columns that are multiplied side by side and summed at the end, by expert. A program has few
+            rows then, and all of them end at about the same time. Formats of two values a byte have one.
+        registers: of 32 bits that a thread may have, so that more programs are at work at a time; 0: no limit.
     """
 
     rows: int
@@ -35,6 +38,8 @@ class PassConfig:
     warps: int
     stages: int
     tiles: int = 1
+    slices: int = 1
+    registers: int = 0
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def run_gate_up(layer: Layer, config: KernelConfig, x: Tensor, topk_weights: Ten
         "EXPERTS": layer.experts, "K": hidden, "I": layer.inner, "TOP_K": top_k, **_format(weights, config),
         "CLAMPED": layer.activation is not Activation.SILU, "INTERLEAVED": layer.activation.interleaved,
         "WEIGHT_INPUT": layer.apply_router_weight_on_input, "ROWS": tile.rows, "STAGES": tile.stages,
-        "OVERLAP": config.overlap, "num_warps": tile.warps,
+        "OVERLAP": config.overlap, **_compiled(tile),
     }  # fmt: skip
     operands = (x, *_tensors(weights), topk_weights, topk_ids, inner, x.stride(0))
     tiles = triton.cdiv(layer.inner, tile.rows)
@@ -59,9 +59,8 @@ def run_gate_up(layer: Layer, config: KernelConfig, x: Tensor, topk_weights: Ten
         unit = unit_of(weights.format, hidden)
         gate_up_by_pair[(pairs, tiles)](*operands, **shared, UNIT=unit, COLUMNS=_columns(tile, unit, hidden))
     else:
-        by_expert = _by_expert(layer, config, pairs)
-        columns = _dot_columns(tile, weights.format, hidden)
-        gate_up_by_expert[(min(pairs, layer.experts), tiles)](*operands, pairs, **shared, **by_expert, COLUMNS=columns)
+        by_expert = {**_by_expert(layer, config, pairs), **_products(tile, weights.format, hidden)}
+        gate_up_by_expert[(min(pairs, layer.experts), tiles)](*operands, pairs, **shared, **by_expert)
     return inner
 
 
@@ -75,7 +74,7 @@ def run_down(
     shared = {
         "EXPERTS": layer.experts, "K": hidden, "I": layer.inner, **_format(weights, config),
         "WEIGHT_INPUT": layer.apply_router_weight_on_input, "ROWS": tile.rows, "OVERLAP": config.overlap,
-        "num_warps": tile.warps, **_overlapping(config),
+        **_compiled(tile), **_overlapping(config),
     }  # fmt: skip
     operands = (inner, *_tensors(weights), topk_weights, topk_ids)
     tiles = triton.cdiv(hidden, tile.rows)
@@ -85,10 +84,9 @@ def run_down(
         down_by_token[(tokens, tiles)](*operands, out, **shared, TOP_K=top_k, UNIT=unit, COLUMNS=columns)
         return
     parts = torch.empty((pairs, hidden), dtype=torch.float32, device=out.device)
-    columns = _dot_columns(tile, weights.format, layer.inner)
-    by_expert = _by_expert(layer, config, pairs)
+    by_expert = {**_by_expert(layer, config, pairs), **_products(tile, weights.format, layer.inner)}
     down_by_expert[(min(pairs, layer.experts), triton.cdiv(tiles, tile.tiles))](
-        *operands, parts, pairs, **shared, **by_expert, COLUMNS=columns, STAGES=tile.stages, TILES=tile.tiles
+        *operands, parts, pairs, **shared, **by_expert, STAGES=tile.stages, TILES=tile.tiles
     )
     combine[(tokens, triton.cdiv(hidden, _COMBINE_COLUMNS))](
         parts, topk_ids, out, EXPERTS=layer.experts, K=hidden, TOP_K=top_k, COLUMNS=_COMBINE_COLUMNS,
@@ -108,10 +106,15 @@ def _columns(tile: PassConfig, unit: int, columns: int) -> int:
     return int(max(unit, min(tile.columns, triton.next_power_of_2(columns))))
 
 
-def _dot_columns(tile: PassConfig, weight_format: WeightFormat, columns: int) -> int:
-    """As :func:`_columns`, in whole groups of the 4-bit formats."""
-    least = max(32, weight_format.block[1]) if weight_format.values_per_byte == 2 else UNIT
-    return int(max(least, min(tile.columns, triton.next_power_of_2(columns))))
+def _products(tile: PassConfig, weight_format: WeightFormat, columns: int) -> dict[str, int]:
+    """Columns of a tile on tensor cores, in whole groups of the 4-bit formats, and slices that each have one scale."""
+    if weight_format.values_per_byte == 2:
+        least = max(32, weight_format.block[1])
+        return {"COLUMNS": int(max(least, min(tile.columns, triton.next_power_of_2(columns)))), "SLICES": 1}
+    size = int(max(UNIT, min(tile.columns, triton.next_power_of_2(columns))))
+    block = weight_format.block[1] if weight_format.kind != "bf16" else 0
+    slices = max(tile.slices, size // block) if tile.slices > 1 and block else tile.slices
+    return {"COLUMNS": size, "SLICES": min(slices, size // UNIT)}
 
 
 def _by_expert(layer: Layer, config: KernelConfig, pairs: int) -> dict[str, Any]:
@@ -144,6 +147,10 @@ def _tensors(weights: ExpertWeights) -> tuple[Tensor, Tensor, Tensor | None, Ten
     elif scales.element_size() == 1:
         scales = scales.view(torch.uint8)
     return values, scales, weights.global_scales, weights.bias
+
+
+def _compiled(tile: PassConfig) -> dict[str, int]:
+    return {"num_warps": tile.warps, **({"maxnreg": tile.registers} if tile.registers else {})}
 
 
 def _overlapping(config: KernelConfig) -> dict[str, Any]:

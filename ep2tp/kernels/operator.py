@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, fields
 
 import torch
 from torch import Tensor
@@ -87,6 +87,7 @@ def _encoded(config: KernelConfig | None) -> list[int]:
 def _decoded(numbers: Sequence[int]) -> KernelConfig | None:
     if not numbers:
         return None
-    by_pair, by_token, pairs, overlap, fp8_bits = numbers[10:]
-    tiles = PassConfig(*numbers[:5]), PassConfig(*numbers[5:10])
+    count = len(fields(PassConfig))
+    tiles = PassConfig(*numbers[:count]), PassConfig(*numbers[count : 2 * count])
+    by_pair, by_token, pairs, overlap, fp8_bits = numbers[2 * count :]
     return KernelConfig(*tiles, bool(by_pair), bool(by_token), pairs, bool(overlap), bool(fp8_bits))

@@ -18,6 +18,7 @@ _PASS = {
     "columns": (64, 128, 256, 512, 1024, 2048, 4096),
     "warps": (1, 2, 4, 8, 16),
     "stages": (1, 2, 3, 4, 6),
+    "registers": (0, 96, 128, 168),
 }
 _ENGINE = {
     "BLOCK_SIZE_M": (16, 32, 64, 128),
@@ -83,7 +84,13 @@ def kernel_moves(config: KernelConfig) -> Iterator[KernelConfig]:
 def _pass_moves(tiles: PassConfig) -> Iterator[PassConfig]:
     for field, values in _PASS.items():
         for value in _others(values, getattr(tiles, field)):
-            yield PassConfig(**{**vars(tiles), field: value})
+            yield replace(tiles, **{field: value})
+    if tiles.slices > 1:
+        yield replace(tiles, rows=tiles.rows * tiles.slices, columns=tiles.columns // tiles.slices, slices=1)
+    else:
+        for slices in (2, 4, 8):
+            if tiles.rows >= 16 * slices:  # a tile of as many values
+                yield replace(tiles, rows=tiles.rows // slices, columns=tiles.columns * slices, slices=slices)
 
 
 def engine_moves(

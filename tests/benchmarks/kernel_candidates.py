@@ -47,19 +47,29 @@ def down_by_token(shape: Shape) -> list[PassConfig]:
 
 
 def by_expert(shape: Shape, matrices: int, depth: int, tiles: int = 1) -> list[PassConfig]:
-    """A warp for 16 rows or 32; ``depth`` columns in all, ``tiles`` in turn."""
+    """A warp for 16 rows or 32, or for one of several slices; ``depth`` columns in all, ``tiles`` in turn."""
+    whole = product(((32, 2, 1), (64, 4, 1), (128, 4, 1), (128, 8, 1)), (128, 256))
+    sliced = (
+        []
+        if shape.format.values_per_byte > 1
+        else product(((16, 2, 2), (32, 2, 2), (16, 4, 4), (32, 4, 4), (16, 8, 8), (32, 8, 8)), (_slice(shape),))
+    )
     found = []
-    for (rows, warps), columns, stages in product(
-        ((16, 1), (32, 2), (64, 4), (128, 8), (128, 4), (64, 8)), (64, 128, 256), (1, 2, 3, 4, 6)
-    ):
+    for ((rows, warps, slices), size), stages, registers in product((*whole, *sliced), (1, 2, 3, 4), (0, 128, 168)):
+        columns = size * slices
         stage = _bytes(shape, matrices * rows, columns)
         trips = -(-depth // columns) * tiles
         single = stages == 1
         if stage / (32 * warps) > 256 or stage < 2_000 or (single != (trips == 1)) or stages > trips + 1:
             continue
-        if single or 8_000 <= stage * (stages - 1) <= 110_000:
-            found.append(PassConfig(rows, columns, warps, stages, tiles))
+        if columns < 2 * depth and (single or 8_000 <= stage * (stages - 1) <= 110_000):
+            found.append(PassConfig(rows, columns, warps, stages, tiles, slices, registers))
     return found
+
+
+def _slice(shape: Shape) -> int:
+    """Columns of a slice that has one scale a row; 128 bytes at most."""
+    return 64 if shape.format.kind == "bf16" else min(128, shape.format.block[1] or 128)
 
 
 def first_passes(shape: Shape, tokens: int) -> list[KernelConfig]:
@@ -70,7 +80,7 @@ def first_passes(shape: Shape, tokens: int) -> list[KernelConfig]:
         tiles = [p for p in gate_up_by_pair(shape) if tokens <= SEARCHED_WIDELY or p.stages == 1]
         found = [KernelConfig(p, few, True, True, overlap=True) for p in tiles]
     if tokens >= BY_EXPERT_FROM:
-        tiles = [p for p in by_expert(shape, 2, shape.hidden) if tokens <= SEARCHED_WIDELY or p.columns > 64]
+        tiles = by_expert(shape, 2, shape.hidden)
         found += [KernelConfig(tile, few, False, True, pairs=8, overlap=True) for tile in tiles]
     return found
 
@@ -83,7 +93,6 @@ def second_passes(shape: Shape, tokens: int) -> list[KernelConfig]:
         tiles = [p for p in down_by_token(shape) if tokens <= SEARCHED_WIDELY or (p.columns > 1024 and p.rows < 32)]
         found = [KernelConfig(few, p, True, True, overlap=True) for p in tiles]
     if tokens >= BY_EXPERT_FROM:
-        tiles = [p for count in (1, 4, 8) for p in by_expert(shape, 1, shape.inner, count) if p.rows > 16]
-        tiles = [p for p in tiles if p.columns > 64]
+        tiles = [p for count in (1, 4) for p in by_expert(shape, 1, shape.inner, count) if p.registers < 168]
         found += [KernelConfig(few, tile, True, False, pairs=8, overlap=True) for tile in tiles]
     return found

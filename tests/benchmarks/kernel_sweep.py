@@ -155,7 +155,8 @@ def sweep_point(sweep: Sweep, shape: Any, tokens: int, layer: Any) -> None:
     for overlap in (True, False) if tokens == 1 else (True,):
         for _, one in best["gate_up"][: 4 if overlap else 1]:
             for _, two in best["down"][: 4 if overlap else 1]:
-                config = replace(two, gate_up=one.gate_up, by_pair=one.by_pair, overlap=overlap)
+                pairs = one.pairs if two.by_token else two.pairs  # of whichever pass is by expert
+                config = replace(two, gate_up=one.gate_up, by_pair=one.by_pair, pairs=pairs, overlap=overlap)
                 if sweep.is_late:
                     return
                 try:

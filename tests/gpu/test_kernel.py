@@ -34,6 +34,11 @@ BY_EXPERT = KernelConfig(
 METHODS = {
     "by pair": BY_PAIR,
     "by expert": BY_EXPERT,
+    "by expert, in slices": replace(
+        BY_EXPERT,
+        gate_up=PassConfig(16, 256, 4, 3, slices=4, registers=128),
+        down=PassConfig(32, 128, 4, 2, tiles=3, slices=2),
+    ),
     "by expert, then by token": replace(BY_EXPERT, down=BY_PAIR.down, by_token=True),
 }
 LIMIT = {torch.bfloat16: 5e-3, torch.float16: 7e-4}

@@ -72,6 +72,18 @@ def test_first_pass_loads_weights_asynchronously_and_wide(tokens: int) -> None:
     assert "cvt.rn.bf16.f16" not in first.asm["ptx"]  # one slow instruction a value
 
 
+@pytest.mark.parametrize("stored", ["bf16", "fp8-64"])
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_slices_compile_for_every_gpu(capability: int, stored: str) -> None:
+    """By the matrix instructions that all of them have, with weights from shared memory by the wide loads for these."""
+    tile = PassConfig(16, 512, 4, 3, slices=4, registers=128)
+    first, second, _ = compiled(capability, stored, 16, gate_up=tile, down=replace(tile, rows=32, stages=2))
+    for kernel in (first, second):
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability]
+        assert "mma.sync" in kernel.asm["ptx"] and "wgmma" not in kernel.asm["ptx"]
+        assert "ldmatrix" in kernel.asm["ptx"] and ".maxnreg 128" in kernel.asm["ptx"]
+
+
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_integer_arithmetic_needs_no_fp8_instructions(tokens: int) -> None:
     for kernel in compiled(80, "fp8-16", tokens):

@@ -23,7 +23,12 @@ BY_PAIR = KernelConfig(PassConfig(16, 128, 4, 2), PassConfig(32, 256, 4, 1), by_
 BY_EXPERT = KernelConfig(
     PassConfig(16, 64, 4, 2), PassConfig(32, 128, 4, 2, tiles=3), by_pair=False, by_token=False, pairs=8
 )
-METHODS = {"by pair": BY_PAIR, "by expert": BY_EXPERT}
+IN_SLICES = replace(
+    BY_EXPERT,
+    gate_up=PassConfig(16, 64, 2, 2, slices=2, registers=128),
+    down=PassConfig(32, 128, 4, 2, tiles=3, slices=4),
+)
+METHODS = {"by pair": BY_PAIR, "by expert": BY_EXPERT, "by expert, in slices": IN_SLICES}
 MIXED = replace(BY_EXPERT, down=BY_PAIR.down, by_token=True)
 LIMIT = {torch.float16: 6e-4, torch.bfloat16: 8e-3}
 ODD = (80, 96, 144, 160, 176, 192, 288, 320, 352)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ep2tp.kernels.device.routing import matching_pairs, pairs_at
 from ep2tp.kernels.device.scales import expert_factor, load_scales, scale_rows
-from ep2tp.kernels.device.tile_dot import load_columns, multiply_tile
+from ep2tp.kernels.device.tile_dot import load_columns, multiply_tile, no_sums, total
 
 
 @triton.jit
@@ -19,8 +19,8 @@ def down_by_expert(
     EXPERTS: tl.constexpr, K: tl.constexpr, I: tl.constexpr,
     KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
     BITS: tl.constexpr, WEIGHT_INPUT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr, OVERLAP: tl.constexpr,
-    PAIRS: tl.constexpr, ALL_PAIRS: tl.constexpr, FIND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
+    OVERLAP: tl.constexpr, PAIRS: tl.constexpr, ALL_PAIRS: tl.constexpr, FIND: tl.constexpr,
 ):  # fmt: skip
     """``parts[pair] = weight * down[expert of pair] @ inner[pair]``. Grid: (experts or pairs, TILES tiles of K)."""
     if OVERLAP:
@@ -46,18 +46,18 @@ def down_by_expert(
         weight = tl.full([PAIRS], 1.0, tl.float32)
         if not WEIGHT_INPUT:
             weight = tl.load(topk_weights + pair, mask=here, other=0.0)
-        sums = tl.zeros([ROWS, PAIRS], tl.float32)
+        sums = no_sums(ROWS, PAIRS, SLICES)
         for step in tl.range(0, TILES * trips, num_stages=STAGES):  # loads run on from tile to tile
             start = step % trips * COLUMNS
             outputs = (tl.program_id(1) * TILES + step // trips) * ROWS + tl.arange(0, ROWS)
             live = outputs < K
             scale_starts = scale_rows(expert, outputs, K, I, BLOCK_ROWS, BLOCK_COLUMNS)
-            even, odd = load_columns(inner + pair * I, start, here, I, COLUMNS, PACK)
+            even, odd = load_columns(inner + pair * I, start, here, I, COLUMNS, PACK, SLICES)
             sums = multiply_tile(
                 tl.where(start == 0, 0.0, sums), values, scales, (expert * K + outputs) * (I // PACK), scale_starts,
-                live, factor, start, even, odd, I, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS,
+                live, factor, start, even, odd, I, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS, SLICES,
             )  # fmt: skip
-            part = sums
+            part = total(sums, SLICES)
             if (KIND == "fp8") and (BLOCK_COLUMNS == 0):
                 part *= load_scales(scales + scale_starts, live, factor, KIND, BITS)[:, None]
             if bias is not None:

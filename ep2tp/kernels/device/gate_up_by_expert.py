@@ -8,7 +8,7 @@ import triton.language as tl
 from ep2tp.kernels.device.activate import activate
 from ep2tp.kernels.device.routing import matching_pairs, pairs_at
 from ep2tp.kernels.device.scales import expert_factor, load_scales, scale_rows
-from ep2tp.kernels.device.tile_dot import load_columns, multiply_tile
+from ep2tp.kernels.device.tile_dot import load_columns, multiply_tile, no_sums, total
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def gate_up_by_expert(
     EXPERTS: tl.constexpr, K: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr,
     KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
     BITS: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHT_INPUT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
     PAIRS: tl.constexpr, ALL_PAIRS: tl.constexpr, FIND: tl.constexpr,
 ):  # fmt: skip
     """``inner[pair] = act(gate_up[expert of pair] @ x[token of pair])``. Grid: (experts or pairs, tiles of I).
@@ -50,18 +50,20 @@ def gate_up_by_expert(
         pair = pairs_at(match, place, chunk, PAIRS, ALL_PAIRS)
         here = chunk + tl.arange(0, PAIRS) < count
         inputs = x + (pair // TOP_K).to(tl.int64) * x_stride
-        gate = tl.zeros([ROWS, PAIRS], tl.float32)
-        up = tl.zeros([ROWS, PAIRS], tl.float32)
+        gate = no_sums(ROWS, PAIRS, SLICES)
+        up = no_sums(ROWS, PAIRS, SLICES)
         for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
-            even, odd = load_columns(inputs, start, here, K, COLUMNS, PACK)
+            even, odd = load_columns(inputs, start, here, K, COLUMNS, PACK, SLICES)
             gate = multiply_tile(
                 gate, values, scales, gate_starts, gate_scales, live, factor, start, even, odd,
-                K, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS,
+                K, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS, SLICES,
             )  # fmt: skip
             up = multiply_tile(
                 up, values, scales, up_starts, up_scales, live, factor, start, even, odd,
-                K, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS,
+                K, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS, SLICES,
             )  # fmt: skip
+        gate = total(gate, SLICES)
+        up = total(up, SLICES)
         if (KIND == "fp8") and (BLOCK_COLUMNS == 0):
             gate *= load_scales(scales + gate_scales, live, factor, KIND, BITS)[:, None]
             up *= load_scales(scales + up_scales, live, factor, KIND, BITS)[:, None]
