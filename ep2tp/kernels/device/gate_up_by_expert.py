@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ep2tp.kernels.device.activate import activate
-from ep2tp.kernels.device.routing import matching_pairs, pairs_at
+from ep2tp.kernels.device.routing import own_expert, pairs_at
 from ep2tp.kernels.device.scales import expert_factor, load_scales, scale_rows
 from ep2tp.kernels.device.tile_dot import load_columns, multiply_tile, no_sums, total
 
@@ -20,20 +20,11 @@ def gate_up_by_expert(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
     PAIRS: tl.constexpr, ALL_PAIRS: tl.constexpr, FIND: tl.constexpr,
 ):  # fmt: skip
-    """``inner[pair] = act(gate_up[expert of pair] @ x[token of pair])``. Grid: (experts or pairs, tiles of I).
-
-    With ``FIND``, the grid's first axis is over pairs, and an expert's program is its first pair's.
-    """
+    """``inner[pair] = act(gate_up[expert of pair] @ x[token of pair])``. Grid: (experts or pairs, tiles of I)."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    expert = tl.program_id(0)
-    if FIND:
-        expert = tl.load(topk_ids + expert).to(tl.int32)
-    match, place = matching_pairs(topk_ids, expert, pairs, ALL_PAIRS)
-    count = tl.sum(match.to(tl.int32))
-    first = tl.min(tl.where(match, tl.arange(0, ALL_PAIRS), ALL_PAIRS))
-    is_first = (first == tl.program_id(0)) if FIND else (count > 0)
-    if (expert < 0) | (expert >= EXPERTS) | (count == 0) | (is_first == 0):
+    expert, match, place, count, is_ours = own_expert(topk_ids, pairs, EXPERTS, ALL_PAIRS, FIND)
+    if is_ours == 0:
         return
     expert = expert.to(tl.int64)
     channels = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
