@@ -21,6 +21,10 @@ class CheckpointError(Ep2tpError, ValueError):
     """A checkpoint's files or tensors do not match its config."""
 
 
+class OtherConversionError(CheckpointError):
+    """An output folder holds another conversion."""
+
+
 class DifferenceError(CheckpointError):
     """A converted checkpoint is not what it should be; the message names the first tensor or file that differs."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ep2tp.checkpoint.manifest import MANIFEST
-from ep2tp.errors import CheckpointError
+from ep2tp.errors import CheckpointError, OtherConversionError
 
 STATE = ".ep2tp"
 LOCK = ".ep2tp.lock"
@@ -27,6 +27,7 @@ def check_free(folder: Path, fingerprint: str, files: Collection[str], replace: 
         replace: the folder may hold another conversion; what that did not write must not be in the way.
 
     Raises:
+        OtherConversionError: it holds another conversion.
         CheckpointError: it holds something else.
     """
     if not folder.exists():
@@ -40,7 +41,7 @@ def check_free(folder: Path, fingerprint: str, files: Collection[str], replace: 
         if foreign := [path for path in paths if path.exists() and path not in written]:
             raise CheckpointError(f"{foreign[0]}: is not ep2tp's, and would be replaced; move it away")
     elif noted is not None and noted.get("fingerprint") != fingerprint:
-        raise CheckpointError(
+        raise OtherConversionError(
             f"{folder}: holds another conversion (other source, layout or --tp); name another folder, or replace it "
             "with --overwrite"
         )

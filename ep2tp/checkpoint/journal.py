@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Journal:
 
     @contextmanager
     def lock(self, parts: Collection[str] | None = None) -> Iterator[None]:
-        """Hold some parts of the work for this process, or all of it, and remove what was being written of them.
+        """Hold some parts of the work for this process, or all of it. Where nothing was begun, nothing is left behind.
 
         Raises:
             CheckpointError: another process holds one, or the folder cannot be written to.
@@ -61,9 +61,17 @@ class Journal:
                     stack.enter_context(locked(self.state / f"{part}.lock"))
             except BlockingIOError:
                 raise CheckpointError(f"{self.folder}: another process is writing {busy}") from None
-            for path in self.leftovers(parts):
-                path.unlink(missing_ok=True)
-            yield
+            try:
+                yield
+            except Exception:
+                if parts is None and not (self.folder / PLAN).is_file():
+                    self.remove_state()
+                raise
+
+    def remove_leftovers(self, parts: Collection[str] | None = None) -> None:
+        """Remove :meth:`leftovers`. Call under the lock of these parts."""
+        for path in self.leftovers(parts):
+            path.unlink(missing_ok=True)
 
     def leftovers(self, parts: Collection[str] | None = None) -> list[Path]:
         """What a process that was killed was writing of these parts; or of all, and what it had fetched."""
@@ -134,6 +142,12 @@ class Journal:
         """Write the manifest, which makes the conversion finished. Call as the last thing under the whole lock."""
         write_file(self.folder / MANIFEST, manifest, self.temporary / MANIFEST)
         self.remove_state()
+
+    def tidy(self) -> None:
+        """Remove the state of this conversion if it is finished and no process is at it."""
+        with suppress(CheckpointError), self.lock():
+            if self.is_finished():
+                self.remove_state()
 
     def remove_state(self) -> None:
         """Remove the state of a finished conversion. Call as the last thing under the whole lock."""

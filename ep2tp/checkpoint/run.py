@@ -16,7 +16,9 @@ from ep2tp.checkpoint.options import Options, Report, Result
 from ep2tp.checkpoint.reader import INDEX
 from ep2tp.checkpoint.source import Source
 from ep2tp.checkpoint.writer import copy_file, write_file
-from ep2tp.errors import CheckpointError
+from ep2tp.errors import CheckpointError, OtherConversionError
+
+_LOOKS = 3
 
 
 @dataclass
@@ -46,11 +48,11 @@ class Run:
         Raises:
             CheckpointError: the conversion cannot be written there.
         """
-        if not self.options.overwrite and self.journal.is_finished():
-            return Result(self.conversion, "complete")
-        self.journal.check_free(self.options.overwrite)
-        needed = self._needed()
-        return Result(self.conversion, "planned", needed=needed, free=check_space(self.journal.folder, needed))
+        planned = self._look_beside_others()
+        if isinstance(planned, CheckpointError):
+            busy = f"or another process is writing {self.journal.folder} at this moment: then wait for it"
+            raise CheckpointError(f"{planned} ({busy})")
+        return planned
 
     def run(self) -> Result:
         """Do what is left to do.
@@ -59,41 +61,58 @@ class Run:
             CheckpointError: another process is at it, the disk is full or fails, or the source holds what the plan
                 does not expect. What is done is kept.
         """
-        journal, options = self.journal, self.options
-        planned = self._plan_beside_others()
-        if planned is not None and planned.status == "complete" and not journal.is_open:
+        planned = self._look_beside_others()  # the lock is a file, and the folder may turn out to be somebody else's
+        if isinstance(planned, Result) and planned.status == "complete" and not self.journal.is_open:
             return planned
-        with journal.lock(self.parts):
-            if planned is None:
-                self.plan()
-            if not options.overwrite and journal.is_finished():  # maybe by the process that held the lock
-                if self.parts is None:
-                    journal.remove_state()
-                return Result(self.conversion, "complete")
-            journal.begin(options.overwrite)
-            done = journal.done(self.sizes)
-            todo = self.mine - set(done)
-            JobRunner(self.source, journal, options, self.report).run(self.conversion.jobs, todo)
-            if options.ranks is None:
-                self._finish()
+        with self.journal.lock(self.parts):
+            if self._look().status != "complete":  # else by the process that held the lock
+                return self._convert()
+        self.journal.tidy()
+        return Result(self.conversion, "complete")
+
+    def _convert(self) -> Result:
+        """Do it; call under the lock."""
+        journal, options = self.journal, self.options
+        journal.begin(options.overwrite)
+        journal.remove_leftovers(self.parts)
+        todo = self.mine - set(journal.done(self.sizes))
+        JobRunner(self.source, journal, options, self.report).run(self.conversion.jobs, todo)
+        if options.ranks is None:
+            self._finish()
         written = sum(self.sizes[name] for name in todo - self._linked())
         status = "done" if options.ranks is None else "part"
         return Result(self.conversion, status, written, len(self.mine) - len(todo))
 
-    def _plan_beside_others(self) -> Result | None:
-        """The plan, made before the lock: that leaves a file in the folder, which may turn out to be another's.
+    def _look(self) -> Result:
+        """What there is to do, and whether it can be done."""
+        if not self.options.overwrite and self.journal.is_finished():
+            return Result(self.conversion, "complete")
+        self.journal.check_free(self.options.overwrite)
+        needed = self._needed()
+        return Result(self.conversion, "planned", needed=needed, free=check_space(self.journal.folder, needed))
+
+    def _look_beside_others(self) -> Result | CheckpointError:
+        """As :meth:`_look`, without the lock.
+
+        A process at work on the folder can make files and notes disagree while they are looked at: a refusal is certain
+        only where none is. Where one has ended since, the next look tells.
 
         Returns:
-            None where a process was at work on the folder: it may have made the files and the notes of them disagree
-            while they were looked at, so that only a look under the lock counts.
+            The refusal instead where a process is at work, or was killed at it.
 
         Raises:
-            CheckpointError: the conversion cannot be written there, and no process was at work.
+            CheckpointError: a refusal that is certain.
         """
-        try:
-            return self.plan()
-        except (CheckpointError, OSError):
-            return None if self.journal.is_open else self.plan()  # again: one may have ended since the first look
+        for _ in range(_LOOKS):
+            try:
+                return self._look()
+            except OtherConversionError:  # its note is exchanged as a whole
+                raise
+            except (CheckpointError, OSError) as error:
+                refusal = error
+            if self.journal.is_open:
+                return CheckpointError(str(refusal))
+        raise refusal
 
     def _is_mine(self, output: str) -> bool:
         if self.options.finish:

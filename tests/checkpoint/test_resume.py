@@ -166,20 +166,38 @@ def test_ranks_and_the_whole_folder_exclude_each_other(source: Path, tmp_path: P
     assert reshard(source, out, tp=2, layout="ranks", finish=True).status == "done"
 
 
-def in_child(pipe: Any, *arguments: Any, **options: Any) -> None:
+def in_child(pipe: Any, barrier: Any, *arguments: Any, **options: Any) -> None:
+    if barrier:
+        check_together(barrier)
     try:
         pipe.send(reshard(*arguments, **options).status)
     except CheckpointError as error:
         pipe.send(str(error))
 
 
-def together(*calls: tuple[Path, Path, dict[str, Any]]) -> list[str]:
+def check_together(barrier: Any) -> None:
+    """In this process, check the folder at the same time as another one does, as long as that one can."""
+    check_free = Journal.check_free
+    waits = iter(
+        (30, 30, 1)
+    )  # before the lock, under the shared lock, and before one begins, for which the other waits
+
+    def check_at_once(journal: Journal, replace: bool = False) -> None:
+        check_free(journal, replace)
+        with suppress(threading.BrokenBarrierError):
+            barrier.wait(next(waits))
+
+    Journal.check_free = check_at_once  # type: ignore[method-assign]
+
+
+def together(*calls: tuple[Path, Path, dict[str, Any]], check_at_once: bool = False) -> list[str]:
     """What several processes that convert at the same time end with: a status, or an error."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads, as other tests leave, can hang
+    barrier = context.Barrier(len(calls)) if check_at_once else None
     children = []
     for source, out, options in calls:
         end, other_end = context.Pipe(duplex=False)
-        child = context.Process(target=in_child, args=(other_end, source, out), kwargs=options)
+        child = context.Process(target=in_child, args=(other_end, barrier, source, out), kwargs=options)
         child.start()
         children.append((child, end))
     outcomes = [end.recv() if end.poll(60) else "nothing" for _, end in children]
@@ -198,9 +216,10 @@ def test_two_processes_race(source: Path, tmp_path: Path) -> None:
         assert tree(out) == tree(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize("ends_in_time", [True, False])
 def test_another_process_ends_between_two_looks(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_in_time: bool
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends_in_time: bool, dry_run: bool
 ) -> None:
     """Looked at while another process exchanges its plan for the manifest, a folder seems to be nobody's."""
     out, looks = tmp_path / "out", [0]
@@ -221,8 +240,13 @@ def test_another_process_ends_between_two_looks(
 
     with monkeypatch.context() as patch:
         patch.setattr(earlier, "load", load_late)
-        assert reshard(source, out, tp=2, overwrite=True).status == "done"
-    assert looks[0] > 2 and not (out / earlier.LOCK).exists()
+        if dry_run and not ends_in_time:
+            with pytest.raises(CheckpointError, match="or another process is writing"):
+                reshard(source, out, tp=2, overwrite=True, dry_run=True)
+        else:
+            result = reshard(source, out, tp=2, overwrite=True, dry_run=dry_run)
+            assert result.status == ("planned" if dry_run else "done")
+    assert looks[0] > 2 and (out / earlier.LOCK).exists() == (dry_run and not ends_in_time)
     verify(out, source)
 
 
@@ -230,21 +254,41 @@ def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_two_conversions_begin_at_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{"ranks": [0]}, {"finish": True}, {}], ids=str)
+def test_a_killed_process_lock_goes_from_a_finished_folder(source: Path, tmp_path: Path, options: Any) -> None:
+    reshard(source, tmp_path / "out", tp=2, layout="ranks")
+    expected = tree(tmp_path / "out")
+    (tmp_path / "out" / earlier.LOCK).touch()
+    assert reshard(source, tmp_path / "out", tp=2, layout="ranks", **options).status == "complete"
+    assert tree(tmp_path / "out") == expected and not (tmp_path / "out" / earlier.STATE).exists()
+
+
+def test_a_refusal_under_the_lock_leaves_no_state(source: Path, tmp_path: Path) -> None:
+    """A lock is there, so that what is seen without it does not count."""
+    reshard(source, tmp_path / "out", tp=2)
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    for folder, why in (("out", "tokenizer.json: is missing"), ("notes", "holds files that ep2tp did not write")):
+        (tmp_path / folder / earlier.LOCK).touch()
+        with pytest.raises(CheckpointError, match=why):
+            reshard(source, tmp_path / folder, tp=2)
+        assert not (tmp_path / folder / earlier.LOCK).exists() and not (tmp_path / folder / earlier.STATE).exists()
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
+
+
+def test_another_conversion_is_named_while_its_process_is_at_work(source: Path, tmp_path: Path) -> None:
+    reshard(source, tmp_path / "out", tp=2)
+    with Journal(tmp_path / "out", "", {}).lock(), pytest.raises(CheckpointError, match="holds another conversion"):
+        reshard(source, tmp_path / "out", tp=4)
+
+
+def test_two_conversions_begin_at_once(source: Path, tmp_path: Path) -> None:
     """Different sources, different ranks: both found the folder empty, and one of them may have it."""
     other = Model("fp8_block_f32", files=12, seed=1).write(tmp_path / "other")
-    barrier, check_free = multiprocessing.get_context("fork").Barrier(2), Journal.check_free
-    waits = iter((30, 1))  # both check before either has begun; then one begins, and the other must wait for it
-
-    def check_at_once(journal: Journal, replace: bool) -> None:
-        check_free(journal, replace)
-        with suppress(threading.BrokenBarrierError):
-            barrier.wait(next(waits))
-
     out, options = tmp_path / "out", {"tp": 2, "layout": "ranks"}
-    with monkeypatch.context() as patch:
-        patch.setattr(Journal, "check_free", check_at_once)
-        outcomes = together((source, out, options | {"ranks": [0]}), (other, out, options | {"ranks": [1]}))
+    calls = ((source, out, options | {"ranks": [0]}), (other, out, options | {"ranks": [1]}))
+    outcomes = together(*calls, check_at_once=True)
     assert "part" in outcomes and any("another conversion" in outcome for outcome in outcomes)
     first, rank = (source, 1) if outcomes[0] == "part" else (other, 0)
     reshard(first, out, tp=2, layout="ranks", ranks=[rank])
