@@ -29,7 +29,8 @@ class PassConfig:
         tiles: that a program takes in turn, in the second pass by expert: what finding the expert's pairs costs is then
             shared by as many.
         slices: of a tile's columns that are multiplied side by side and summed at the end, by expert. A program has few
-            rows then, and all of them end at about the same time. Formats of two values a byte have one.
+            rows then, and all of them end at about the same time. Where a slice would have several scales a row there
+            are more, and in formats of two values a byte one.
         registers: of 32 bits that a thread may have, so that more programs are at work at a time; 0: no limit.
     """
 

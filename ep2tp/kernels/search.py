@@ -67,7 +67,10 @@ def descend(
 
 
 def kernel_moves(config: KernelConfig) -> Iterator[KernelConfig]:
-    """Configurations of ep2tp's kernel that differ from one in a single choice; those that matter most first."""
+    """Configurations of ep2tp's kernel that differ from one in a single choice; those that matter most first.
+
+    Into how many slices a tile is cut is one choice: its rows and columns follow, and it has as many values as before.
+    """
     yield replace(config, by_pair=not config.by_pair)
     yield replace(config, by_token=not config.by_token)
     yield replace(config, overlap=not config.overlap)
@@ -75,6 +78,12 @@ def kernel_moves(config: KernelConfig) -> Iterator[KernelConfig]:
         yield replace(config, gate_up=tiles)
     for tiles in _pass_moves(config.down):
         yield replace(config, down=tiles)
+    if not config.by_pair:
+        for tiles in _slicings(config.gate_up):
+            yield replace(config, gate_up=tiles)
+    if not config.by_token:
+        for tiles in _slicings(config.down):
+            yield replace(config, down=tiles)
     for count in _others((1, 2, 4, 8), config.down.tiles):
         yield replace(config, down=replace(config.down, tiles=count))
     for pairs in _others((8, 16, 32, 64), config.pairs):
@@ -85,12 +94,13 @@ def _pass_moves(tiles: PassConfig) -> Iterator[PassConfig]:
     for field, values in _PASS.items():
         for value in _others(values, getattr(tiles, field)):
             yield replace(tiles, **{field: value})
-    if tiles.slices > 1:
-        yield replace(tiles, rows=tiles.rows * tiles.slices, columns=tiles.columns // tiles.slices, slices=1)
-    else:
-        for slices in (2, 4, 8):
-            if tiles.rows >= 16 * slices:  # a tile of as many values
-                yield replace(tiles, rows=tiles.rows // slices, columns=tiles.columns * slices, slices=slices)
+
+
+def _slicings(tiles: PassConfig) -> Iterator[PassConfig]:
+    for slices in _others((1, 2, 4, 8), tiles.slices):
+        rows, columns = tiles.rows * tiles.slices // slices, tiles.columns * slices // tiles.slices
+        if 16 <= rows <= max(_PASS["rows"]) and min(_PASS["columns"]) <= columns <= max(_PASS["columns"]):
+            yield replace(tiles, rows=rows, columns=columns, slices=slices)
 
 
 def engine_moves(

@@ -102,7 +102,7 @@ def test_weights_that_are_no_file(tmp_path: Path, make: Callable[[Path], None]) 
 VALID = file_of({"__metadata__": {"format": "pt"}, "a": entry(), "b": entry(8, 10, (2, 1), "U8")}, 10)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.one_of(
         st.binary(max_size=200),

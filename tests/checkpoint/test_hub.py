@@ -24,23 +24,26 @@ from tests.checkpoint.test_deepseek_parts import write as write_parts
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RUN = """
-import json, os, sys, threading, time
+import json, os, sys
+from contextlib import contextmanager
 from pathlib import Path
+from ep2tp.checkpoint.hub import HubSource
 from ep2tp.checkpoint.reshard import reshard
-peak, out, model, options = [0], Path(sys.argv[1]), sys.argv[3], json.loads(sys.argv[4])
-kill = options.pop("kill", False)
-def watch():
-    while True:
+peak, out, model, options = 0, Path(sys.argv[1]), sys.argv[3], json.loads(sys.argv[4])
+kill, fetch = options.pop("kill", False), HubSource.fetch
+@contextmanager
+def counting(self, name):
+    global peak
+    with fetch(self, name) as path:
         files = [name for folder, _, names in os.walk(out / ".ep2tp") for name in names if "snapshots" in folder]
-        peak[0] = max(peak[0], len(files))
-        time.sleep(0.001)
-if not kill:
-    threading.Thread(target=watch, daemon=True).start()
+        peak = max(peak, len(files))
+        yield path
+HubSource.fetch = counting
 config = next(iter(out.parent.glob("config.json")), None)
 report = lambda done, total: os.kill(os.getpid(), 9) if kill else None
 result = reshard(model, out, tp=4, stream=sys.argv[2] == "stream", revision="v1", config=config, report=report,
                  **options)
-print(result.status, peak[0])
+print(result.status, peak)
 """
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -66,11 +65,10 @@ def test_lost_atomics_are_told_and_leave_the_transfers_proven(probe) -> None:
     assert not proof.has("atomics")
 
 
+@pytest.mark.timeout(60)
 def test_a_hang_is_ended_and_names_its_step(probe) -> None:
-    started = time.monotonic()
-    proof = probe("hang", limit_s=3.0)
-    assert time.monotonic() - started < 15
-    assert proof.because == {"copy forth": "no end after 3 s"}
+    proof = probe("hang", limit_s=8.0)
+    assert proof.because == {"copy forth": "no end after 8 s"}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,7 +68,7 @@ class Server:
             assert self.processes[0].poll() is None, self.logs[0].read_text()[-3000:]
             try:
                 ask(f"{self.url}/health")
-            except (urllib.error.URLError, ConnectionError):
+            except OSError:
                 time.sleep(1)
             else:
                 return

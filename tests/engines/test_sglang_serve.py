@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -42,7 +41,7 @@ def ask_when_ready(url: str, body: dict[str, object], server: subprocess.Popen[b
         assert server.poll() is None, log.read_text(errors="replace")[-3000:]
         try:
             return ask(url, body)
-        except (urllib.error.URLError, ConnectionError):
+        except OSError:
             time.sleep(1)
     raise AssertionError(log.read_text(errors="replace")[-3000:])
 

@@ -8,7 +8,8 @@ the parts of pip by which it reads a wheel's metadata (``--use-feature=fast-deps
 from __future__ import annotations
 
 import ast
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ def module(package: str, version: str, name: str) -> ast.Module | None:
     target = CACHE / f"{package}-{version}" / f"{name}.py"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(_read(package, version, name))
+        found = target.with_suffix(".part")
+        found.write_bytes(_read(package, version, name))
+        found.replace(target)
     source = target.read_bytes()
     return ast.parse(source) if source else None
 
@@ -58,7 +61,8 @@ def imported_from(tree: ast.Module, name: str) -> str | None:
 def _read(package: str, version: str, name: str) -> bytes:
     wheel = _wheel(package, version)
     paths = (name.replace(".", "/") + ".py", name.replace(".", "/") + "/__init__.py")
-    return next((wheel.read(path) for path in paths if path in wheel.NameToInfo), b"")
+    with _index_errors(f"{package} {version}"):
+        return next((wheel.read(path) for path in paths if path in wheel.NameToInfo), b"")
 
 
 def newest(package: str) -> str:
@@ -75,12 +79,21 @@ def _wheel(package: str, version: str) -> ZipFile:
     candidate, session = _found(package, f"=={version}")
 
     from pip._internal.network.lazy_wheel import LazyZipOverHTTP
+
+    with _index_errors(f"{package} {version}"):
+        return ZipFile(LazyZipOverHTTP(candidate.link.url_without_fragment, session))
+
+
+@contextmanager
+def _index_errors(what: str) -> Iterator[None]:
+    from pip._internal.exceptions import NetworkConnectionError
+    from pip._internal.network.lazy_wheel import HTTPRangeRequestUnsupported
     from pip._vendor.requests.exceptions import RequestException
 
     try:
-        return ZipFile(LazyZipOverHTTP(candidate.link.url_without_fragment, session))
-    except RequestException as error:
-        raise NoIndexError(f"{package} {version}: {error}") from error
+        yield
+    except (RequestException, NetworkConnectionError, HTTPRangeRequestUnsupported) as error:
+        raise NoIndexError(f"{what}: {error}") from error
 
 
 def _found(package: str, specifier: str) -> tuple[Any, Any]:
@@ -90,17 +103,13 @@ def _found(package: str, specifier: str) -> tuple[Any, Any]:
 
     from pip._internal.commands import create_command
     from pip._vendor.packaging.specifiers import SpecifierSet
-    from pip._vendor.requests.exceptions import RequestException
 
     command = create_command("download")
     options, _ = command.parse_args(["--only-binary=:all:", package])
-    try:
-        with command.main_context():
-            session = command.get_default_session(options)
-            finder = command._build_package_finder(options, session)
-            found = finder.find_best_candidate(package, SpecifierSet(specifier)).best_candidate
-    except RequestException as error:
-        raise NoIndexError(f"{package}{specifier}: {error}") from error
+    with _index_errors(f"{package}{specifier}"), command.main_context():
+        session = command.get_default_session(options)
+        finder = command._build_package_finder(options, session)
+        found = finder.find_best_candidate(package, SpecifierSet(specifier)).best_candidate
     if found is None:
         raise NoIndexError(f"no wheel of {package}{specifier} for this platform can be reached")
     return found, session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ DSV3_TP8 = (256, 7168, 256, 8)
 
 
 def test_json_keeps_everything() -> None:
-    for config in (FEW, MANY):
+    sliced = replace(MANY, gate_up=PassConfig(16, 512, 4, 3, slices=4, registers=128))
+    for config in (FEW, MANY, sliced):
         assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 

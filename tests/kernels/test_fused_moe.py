@@ -95,7 +95,7 @@ def test_router_weight_on_input(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(tokens=st.integers(1, 20), top_k=st.integers(1, 16), experts=st.integers(1, 24), seed=st.integers(0, 999))
 def test_routing(method: str, tokens: int, top_k: int, experts: int, seed: int) -> None:
     """Any number of tokens, experts and slots; with fewer experts than slots, an expert comes twice in a token."""
@@ -192,7 +192,7 @@ def test_refined_scales_give_the_same_bits() -> None:
     assert torch.equal(run(made, BY_PAIR), run(refined, BY_PAIR))
 
 
-@pytest.mark.parametrize("config", [None, BY_EXPERT])
+@pytest.mark.parametrize("config", [None, BY_EXPERT, IN_SLICES])
 def test_torch_compile_sees_one_operator(config: KernelConfig | None) -> None:
     made = layer(FORMATS["nvfp4"], tokens=2, bias=True, dtype=torch.float16)
     seen: list[str] = []

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import count
 from math import inf
 from pathlib import Path
@@ -88,12 +89,34 @@ def test_descent_keeps_to_its_time_and_passes_over_what_does_not_run() -> None:
         descend([0], lambda _: [], runs_or_inf(lambda config: 1 // config, (ValueError,)), inf)
 
 
-def test_moves_change_one_choice_of_the_kernel() -> None:
-    found = list(kernel_moves(DEFAULT))
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_moves_change_one_choice_of_the_kernel(tokens: int) -> None:
+    start = configs.default(tokens, (9, 0))
+    found = list(kernel_moves(start))
     assert len(found) == len(set(found)) > 20
+    slices = 0
     for config in found:
-        flat, before = flattened(config), flattened(DEFAULT)
-        assert sum(flat[name] != before[name] for name in before) == 1
+        flat, before = flattened(config), flattened(start)
+        changed = {name for name in before if flat[name] != before[name]}
+        if any("slices" in name for name in changed):
+            name = changed.pop().partition(".")[0]
+            tile, was = getattr(config, name), getattr(start, name)
+            assert tile.rows * tile.columns == was.rows * was.columns and tile.columns == was.columns * tile.slices
+            slices += 1
+        else:
+            assert len(changed) == 1
+    assert slices == (
+        0 if tokens == 1 else 4
+    )  # 32 rows of the first pass in two, 128 of the second in two, four, eight
+
+
+def test_slices_can_be_changed_and_taken_back() -> None:
+    start = configs.default(64, (9, 0))
+    start = replace(start, down=replace(start.down, rows=32, columns=512, slices=4))
+    found = {config.down.slices: config.down for config in kernel_moves(start) if config.down.slices != 4}
+    assert {slices: (down.rows, down.columns) for slices, down in found.items()} == {
+        1: (128, 128), 2: (64, 256), 8: (16, 1024)
+    }  # fmt: skip
 
 
 def flattened(config: KernelConfig) -> dict[str, Any]:
@@ -191,6 +214,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from ep2tp.kernels import tuned_configs
+tuned_configs.write_json(Path(sys.argv[1]), {"0": 0})
 print("ready", flush=True)
 while True:
     for size in (1, 20000):

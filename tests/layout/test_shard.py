@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ep2tp.layout.shard import Cut, Run, padded_shape, rank_shape
@@ -50,7 +50,6 @@ def padded(cut: Cut) -> np.ndarray:
     return filled(stored, padded_shape(stored.shape, cut), cut.padded_runs(), cut.axis)
 
 
-@settings(deadline=None)
 @given(CUTS)
 def test_each_part_is_padded_at_its_own_tail(cut: Cut) -> None:
     for stored, new in zip(
@@ -61,7 +60,6 @@ def test_each_part_is_padded_at_its_own_tail(cut: Cut) -> None:
         assert (padding == PADDING).all()
 
 
-@settings(deadline=None)
 @given(CUTS)
 def test_all_ranks_together_are_the_padded_tensor(cut: Cut) -> None:
     stored = stored_tensor(cut)
@@ -73,7 +71,6 @@ def test_all_ranks_together_are_the_padded_tensor(cut: Cut) -> None:
     assert (together == padded(cut)).all()
 
 
-@settings(deadline=None)
 @given(CUTS)
 def test_one_ranks_slice_is_that_of_the_padded_tensor(cut: Cut) -> None:
     stored = stored_tensor(cut)
@@ -84,7 +81,6 @@ def test_one_ranks_slice_is_that_of_the_padded_tensor(cut: Cut) -> None:
         assert (held == np.concatenate(parts, cut.axis)).all()
 
 
-@settings(deadline=None)
 @given(CUTS)
 def test_an_exact_cut_copies_all(cut: Cut) -> None:
     if cut.split.is_exact:

@@ -6,7 +6,7 @@ import doctest
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ep2tp.layout import split
@@ -53,7 +53,6 @@ def test_real_parts_cover_the_size_once_and_are_the_slices_cut_at_it(size: int, 
         assert list(range(*cut.real_bounds(rank))) == [value for value in range(start, stop) if value < size]
 
 
-@settings(deadline=None)
 @given(SIZES, BLOCKS, RANKS)
 def test_padding_is_the_least_possible(size: int, block: int, ranks: int) -> None:
     assert Split.of_blocks(size, block, ranks).padded == least_by_search(size, ranks, [(1, block)])
@@ -74,7 +73,6 @@ def test_round_up_is_the_next_multiple(value: int, multiple: int) -> None:
     assert value <= rounded < value + multiple
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 5_000),
     RANKS,

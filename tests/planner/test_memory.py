@@ -101,7 +101,7 @@ def test_a_sliding_window_bounds_the_cache() -> None:
     assert cache_per_sequence(facts, inventory, Layout("TP"), 10_000) == 18 * per_layer * (10_000 + 128)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(["DeepSeek-V3/R1/V3.1", "GLM-4.5/4.6/4.7", "Qwen3-235B-A22B", "gpt-oss-120b"]),
     gpus=st.sampled_from([2, 4, 8]),
@@ -124,7 +124,7 @@ def test_ranks_hold_the_model_together(name: str, gpus: int) -> None:
         assert held == pytest.approx(mlps)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(name=st.sampled_from(sorted(MODELS)), gpus=st.sampled_from([1, 2, 4, 8]))
 def test_more_gpus_never_hold_more(name: str, gpus: int) -> None:
     facts, inventory = model(name)

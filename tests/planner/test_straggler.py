@@ -68,7 +68,7 @@ def test_one_token_exactly() -> None:
     assert exact_busiest_of_one_token([4, 4], 8) == 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 40),
     experts=st.integers(2, 64),

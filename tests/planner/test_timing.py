@@ -62,7 +62,7 @@ def machine() -> tuple:
     return question.gpu, question.link
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     name=st.sampled_from(["DeepSeek-V3/R1/V3.1", "Qwen3-235B-A22B", "GLM-4.5/4.6/4.7"]),
     gpus=st.sampled_from([2, 4, 8]),
