@@ -16,6 +16,7 @@ from typing import Any
 
 from ep2tp.demo.launch import run_logged
 from ep2tp.demo.tiny import TinyModel
+from tests.observe.recordings import main
 
 MODEL = TinyModel("glm4_moe", heads=12, kv_heads=6, expert_size=64, dense_size=256)
 LIMIT_S = 120
@@ -69,16 +70,5 @@ def _generate(arguments: dict[str, Any]) -> None:
     engine.shutdown()
 
 
-def main() -> None:
-    """Record all that is named, or everything."""
-    if sys.argv[1] == "--engine":
-        _generate(json.loads(sys.argv[2]))
-        return
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[2:] or RECORDINGS:
-        print(f"{name}: exit status {record(folder, name)}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    main(RECORDINGS, record, _generate)

@@ -18,6 +18,7 @@ from typing import Any
 from ep2tp.demo.engines import CPU_ENVIRONMENT
 from ep2tp.demo.launch import PROMPTS, run_logged
 from ep2tp.demo.tiny import TinyModel
+from tests.observe.recordings import main
 
 MODEL = TinyModel(expert_size=72, shared_experts=1, dense_size=320)
 LIMIT_S = 240
@@ -86,26 +87,15 @@ def _serve(engine: dict[str, Any]) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    async def main() -> None:
+    async def serve() -> None:
         arguments = AsyncEngineArgs(enforce_eager=True, skip_tokenizer_init=True, max_model_len=256, **engine)
         llm = AsyncLLM.from_engine_args(arguments)
         sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
         async for _ in llm.generate({"prompt_token_ids": PROMPTS[0]}, sampling, "1"):
             pass
 
-    asyncio.run(main())
-
-
-def main() -> None:
-    """Record all that is named, or everything."""
-    if sys.argv[1] == "--engine":
-        _generate(json.loads(sys.argv[2]))
-        return
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[2:] or RECORDINGS:
-        print(f"{name}: exit status {record(folder, name)}", flush=True)
+    asyncio.run(serve())
 
 
 if __name__ == "__main__":
-    main()
+    main(RECORDINGS, record, _generate)

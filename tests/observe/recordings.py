@@ -7,7 +7,11 @@ named here and missing is a recording that has not been made yet.
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 LOGS = Path(__file__).parents[1] / "data" / "logs"
 
@@ -45,3 +49,22 @@ RECORDINGS = {
 def recorded() -> list[str]:
     """The recordings that are there."""
     return [name for name in RECORDINGS if (LOGS / name).exists()]
+
+
+def main(
+    names: Iterable[str], record: Callable[[Path, str], int], generate: Callable[[dict[str, Any]], object]
+) -> None:
+    """A recorder's command line: a folder, and which of ``names`` to record there (all).
+
+    Args:
+        names: what can be recorded.
+        record: starts an engine in a process of its own, by this command line with ``--engine``, and logs it.
+        generate: is what happens there.
+    """
+    if sys.argv[1] == "--engine":
+        generate(json.loads(sys.argv[2]))
+        return
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in sys.argv[2:] or names:
+        print(f"{name}: exit status {record(folder, name)}", flush=True)
