@@ -51,13 +51,18 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Settings:
-        """Read the settings.
+        """Read the settings. An empty variable counts as unset, and with ``EP2TP=off`` no other one stops anything.
 
         Raises:
             SettingError: a variable has an unknown value, or ``EP2TP_PATCH_PATH`` names a missing folder.
         """
-        env = os.environ if environment is None else environment
+        given = os.environ if environment is None else environment
+        env = {name: value for name, value in given.items() if name.startswith("EP2TP") and value}
+        mode = _choice(Mode, "EP2TP", env.get("EP2TP", "auto"))
+        patches = env.get("EP2TP_PATCHES", "all")
         folders = tuple(Path(part) for part in env.get("EP2TP_PATCH_PATH", "").split(":") if part)
+        if mode is Mode.OFF:
+            return cls(mode, patches, tuple(folder for folder in folders if folder.is_dir()))
         for folder in folders:
             if not folder.is_dir():
                 raise SettingError(f"EP2TP_PATCH_PATH: {folder} is not a folder; name folders that hold patch files")
@@ -65,8 +70,8 @@ class Settings:
         if strict not in ("0", "1"):
             raise SettingError(f"EP2TP_STRICT={strict!r}: use 0 or 1")
         return cls(
-            mode=_choice(Mode, "EP2TP", env.get("EP2TP", "auto")),
-            patches=env.get("EP2TP_PATCHES", "all"),
+            mode=mode,
+            patches=patches,
             patch_path=folders,
             kernel=_choice(Kernel, "EP2TP_KERNEL", env.get("EP2TP_KERNEL", "auto")),
             strict=strict == "1",

@@ -12,6 +12,17 @@ def test_defaults() -> None:
     assert Settings.from_environment({}) == Settings(Mode.AUTO, "all", (), Kernel.AUTO, False)
 
 
+def test_empty_variables_are_unset() -> None:
+    """As a compose file passes on what is not set: ``EP2TP: ${EP2TP:-}``."""
+    names = ("EP2TP", "EP2TP_PATCHES", "EP2TP_PATCH_PATH", "EP2TP_KERNEL", "EP2TP_STRICT")
+    assert Settings.from_environment(dict.fromkeys(names, "")) == Settings()
+
+
+def test_off_is_off_whatever_the_others_say(tmp_path: Path) -> None:
+    wrong = {"EP2TP_KERNEL": "triton", "EP2TP_STRICT": "x", "EP2TP_PATCH_PATH": f"/nowhere/at/all:{tmp_path}"}
+    assert Settings.from_environment({"EP2TP": "off", **wrong}) == Settings(Mode.OFF, patch_path=(tmp_path,))
+
+
 def test_every_variable_is_read(tmp_path: Path) -> None:
     settings = Settings.from_environment(
         {

@@ -8,6 +8,7 @@ from typing import Any
 
 from ep2tp.checkpoint.header import Header, StoredTensor, header_length, parse_header, parse_json
 from ep2tp.errors import CheckpointError
+from ep2tp.model.families import ClassName
 from ep2tp.model.sharding import ShardPlan
 
 INDEX = "model.safetensors.index.json"
@@ -19,14 +20,18 @@ def check_folder(folder: Path, plan: ShardPlan) -> None:
     """Check every MLP tensor of a folder against a plan, without reading any tensor.
 
     Raises:
-        CheckpointError: a tensor does not fit the config, or a file or the index is invalid; the message names the
-            file, the tensor and the value.
+        CheckpointError: a tensor does not fit the config, a file or the index is invalid (the message names the file,
+            the tensor and the value), or no tensor has a name that the plan pads.
     """
+    found: set[ClassName] = set()
     for tensor in stored_tensors(folder):
         try:
-            plan.tensor(tensor.name, tensor.shape, tensor.dtype)
+            place = plan.tensor(tensor.name, tensor.shape, tensor.dtype)
         except CheckpointError as error:
             raise CheckpointError(f"{tensor.file}: {error}") from None
+        if place is not None:
+            found.add(place.matrix.class_name)
+    plan.check_found(found)
 
 
 def stored_tensors(folder: Path) -> Iterator[StoredTensor]:

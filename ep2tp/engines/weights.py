@@ -16,6 +16,8 @@ from ep2tp.model.sharding import ShardPlan, TensorPlan
 if TYPE_CHECKING:
     import torch
 
+    from ep2tp.model.families import ClassName
+
 _DTYPES = {
     "float32": "F32",
     "float16": "F16",
@@ -37,17 +39,21 @@ def padded_weights(weights: Iterable[tuple[str, torch.Tensor]], plan: ShardPlan)
         plan: the plan by which the model was built.
 
     Raises:
-        CheckpointError: a tensor does not fit the model's config, or a quantised weight came without its scales.
+        CheckpointError: a tensor does not fit the model's config, a quantised weight came without its scales, or none
+            came that the plan pads.
     """
     modules: dict[str, tuple[Format, set[str]]] = {}
+    found: set[ClassName] = set()
     for name, tensor in weights:
         place = plan.tensor(name, tuple(tensor.shape), safetensors_dtype(tensor))
         if place is None:
             yield name, tensor
             continue
+        found.add(place.matrix.class_name)
         if place.format.required:
             modules.setdefault(place.matrix.module, (place.format, set()))[1].add(place.matrix.suffix)
         yield name, pad(tensor, place)
+    plan.check_found(found)
     _check_scales(modules)
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 from typing import Any
 
 from ep2tp.errors import ModelError
@@ -18,6 +19,8 @@ from ep2tp.model.formats import PLAIN, Format
 
 Config = Mapping[str, Any]
 Chooser = Callable[[str], Format | None]
+
+_NAMES_KEPT = 1024
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ def read_quantization(config: Config) -> Quantization:
     if reader is None:
         return Quantization(method or "unknown", lambda module: None)
     try:
-        return Quantization(method, reader(quant, config))
+        choose = lru_cache(_NAMES_KEPT)(reader(quant, config))  # a module has several tensors, one after the other
+        return Quantization(method, choose)
     except _UnsliceableError as reason:
         return Quantization(f"{method} ({reason})", lambda module: None)
 
@@ -132,10 +136,11 @@ def _modelopt(quant: Config, config: Config) -> Chooser:
         "MXFP8": formats.mxfp8(),
     }.get(algorithm)
     skipped = _names(quant, "ignore", "exclude_modules")
+    patterns = [re.compile(translate(name)) for name in skipped]
 
     def choose(module: str) -> Format | None:
         parents = _parents(module)
-        is_skipped = any(fnmatchcase(part, skip) for skip in skipped for part in parents)
+        is_skipped = any(pattern.match(part) for pattern in patterns for part in parents)
         return PLAIN if is_skipped or _is_listed(module, skipped) else stored  # older exports list parts of paths
 
     return choose

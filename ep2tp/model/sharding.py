@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from math import lcm, prod
 
@@ -75,7 +75,7 @@ class ShardPlan:
     Attributes:
         facts: the model.
         ranks: tensor-parallel size.
-        splits: for each class of weights, its split in logical values.
+        splits: for each class of weights, its split in logical values, over the ranks that cut it.
         fields: config fields whose value grows: (before, after).
         left_to_engine: for each class that does not divide but that the engine handles exactly, how it does.
         unchecked: for each class whose format ep2tp does not know, and whose slices might cut a group, why.
@@ -94,6 +94,26 @@ class ShardPlan:
     def is_padded(self) -> bool:
         """Whether any class is padded."""
         return bool(self.fields)
+
+    def check_found(self, found: Collection[ClassName]) -> None:
+        """Check, once all of its tensors were seen, that a checkpoint had weights of those that are padded.
+
+        It is checked where routed experts are padded, which every model has.
+
+        Args:
+            found: the classes of the tensors for which :meth:`tensor` had a plan.
+
+        Raises:
+            CheckpointError: it had none of them: they have names that the patch does not know, and would be loaded
+                unpadded into a padded model.
+        """
+        missing = {name for name, split in self.splits.items() if not split.is_exact}
+        if "routed" in missing and missing.isdisjoint(found):
+            raise CheckpointError(
+                f"{self.facts.source}: no tensor has a name that patch {self.facts.family.name!r} knows for "
+                f"{' or '.join(sorted(missing))} weights, which have to be padded; name the right patch with "
+                "EP2TP_PATCHES, or correct its names (docs/patches.md)"
+            )
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: str) -> TensorPlan | None:
         """What becomes of one checkpoint tensor; None for all that is not an MLP weight.
@@ -163,7 +183,7 @@ class ShardPlan:
         parts, times = 1, 1
         if matrix.role == "gate_up":
             parts, times = (2, 1) if tensors.order == "halves" else (1, 2)
-        in_elements = Split(times * sliced.stored(split.size), times * sliced.stored(split.padded), self.ranks)
+        in_elements = Split(times * sliced.stored(split.size), times * sliced.stored(split.padded), split.ranks)
         cut = Cut(axis, in_elements, parts)
         what = f"{self.facts.tensor_class(matrix.class_name).field}={split.size}"  # type: ignore[union-attr]
         self._check(name, shape, sliced, cut.size, what, stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -575,6 +576,22 @@ def test_a_later_launch_of_the_same_process_is_not_guarded(tiny_models: Path) ->
     assert guard.is_armed() and worker.state.is_rewritten
     resolve(model, tp_size=2)
     assert not guard.is_armed() and not worker.state.is_rewritten
+
+
+def test_a_later_launch_with_ep2tp_off_is_left_alone(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tiny_models, DIVIDES)
+    resolve(model, tp_size=2, ep_size=2)
+    monkeypatch.setenv("EP2TP", "off")
+    view = resolve(model, tp_size=2, ep_size=2)
+    assert (view.ep_size, guard.is_armed(), worker.state.is_rewritten) == (2, False, False)
+
+
+def test_a_copy_of_the_arguments_joins_no_launch(tiny_models: Path) -> None:
+    args = server_args(tiny_model(tiny_models, DIVIDES), tp_size=2, ep_size=2)
+    args.resolve_once()
+    copy.deepcopy(args)
+    pickle.loads(pickle.dumps(args))
+    assert not worker.state.joined
 
 
 def test_registering_imports_neither_torch_nor_sglang() -> None:

@@ -321,6 +321,21 @@ def test_a_later_launch_of_the_same_process_is_not_guarded(tiny_models: Path) ->
     assert not guard.is_armed()
 
 
+def test_a_later_launch_with_ep2tp_off_is_not_guarded(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tiny_models, DIVIDES)
+    engine_config(model, tensor_parallel_size=2, enable_expert_parallel=True)
+    monkeypatch.setenv("EP2TP", "off")
+    engine_config(model, tensor_parallel_size=2)
+    assert not guard.is_armed()
+
+
+def test_a_second_config_of_the_same_arguments_is_still_of_a_rewritten_launch(tiny_models: Path) -> None:
+    args = engine_args(tiny_model(tiny_models, DIVIDES), tensor_parallel_size=2, enable_expert_parallel=True)
+    for _ in range(2):
+        args.create_engine_config()
+        assert guard.is_armed() and not args.enable_expert_parallel
+
+
 def test_a_config_that_cannot_be_read_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     args = EngineArgs(model="no/such-model", tensor_parallel_size=2, enable_expert_parallel=True)
     decision, changes = launch.rewrite(args, Settings.from_environment())

@@ -662,6 +662,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         list(padded_weights(stream(stored, 1408, **changed), plan))
 
 
+def test_weights_whose_names_no_patch_knows_are_refused() -> None:
+    """vLLM would load them unpadded into a padded model without a word."""
+    renamed = [(f"llm.{name}", tensor) for name, tensor in stream(quantised.BF16, 1408)]
+    with pytest.raises(CheckpointError, match=r"no tensor has a name that patch 'qwen3_moe' knows for routed"):
+        list(padded_weights(renamed, plan_routed(quantised.BF16, 1408, 6)))
+
+
 def test_scales_may_come_before_and_long_after_their_weights() -> None:
     weights = stream(quantised.FP8_BLOCK, 1408)
     plan = plan_routed(quantised.FP8_BLOCK, 1408, 8)

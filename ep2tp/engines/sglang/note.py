@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
+_SEED = secrets.token_hex(8)  # process ids repeat from container to container
 _ATTRIBUTE = "_ep2tp"  # ServerArgs keeps what begins with an underscore and is no field of its own
 
 
@@ -24,8 +27,14 @@ def _restore(values: Mapping[str, Any]) -> LaunchNote:
     from ep2tp.engines.sglang import worker
 
     note = LaunchNote(values)
-    worker.join(note)
+    if note["launcher"] != this_process():  # a copy that the launching process makes for itself joins nothing
+        worker.join(note)
     return note
+
+
+def this_process() -> str:
+    """A name that no other process has, nor a fork of this one."""
+    return f"{os.getpid()}-{_SEED}"
 
 
 def attach(arguments: Any, note: LaunchNote) -> None:

@@ -16,7 +16,7 @@ import wrapt
 
 from ep2tp.engines.report import log_launch
 from ep2tp.engines.sglang import seams, worker
-from ep2tp.engines.sglang.note import LaunchNote, attach, find
+from ep2tp.engines.sglang.note import LaunchNote, attach, find, this_process
 from ep2tp.errors import SettingError
 from ep2tp.rewrite import guard
 from ep2tp.settings import Mode, Settings
@@ -50,7 +50,11 @@ def resolve(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], k
     settings = Settings.from_environment()
     is_resolved = find(instance) is not None or getattr(instance, "_resolution_finished", False)
     has_model = str(instance.model_path).lower() not in _NO_MODEL
-    if settings.mode is Mode.OFF or worker.state.joined or is_resolved or not has_model:
+    if worker.state.joined or is_resolved or not has_model:
+        return wrapped(*args, **kwargs)
+    worker.state.note = None  # an earlier launch's
+    if settings.mode is Mode.OFF:
+        guard.disarm()
         return wrapped(*args, **kwargs)
     from ep2tp.engines.padding import note_of
     from ep2tp.engines.sglang import launch, padding
@@ -58,7 +62,7 @@ def resolve(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], k
     decision, changes = launch.rewrite(instance, settings)
     if not changes:
         guard.disarm()  # an earlier launch of this process was rewritten, this one is not
-    note = worker.state.note = LaunchNote(rewritten=bool(changes), model="", padding=None)
+    note = worker.state.note = LaunchNote(rewritten=bool(changes), model="", padding=None, launcher=this_process())
     result = wrapped(*args, **kwargs)
     if changes:
         launch.check_resolved(instance)

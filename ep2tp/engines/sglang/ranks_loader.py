@@ -12,6 +12,7 @@ from ep2tp.engines.sglang.experts import moe_layers
 from ep2tp.errors import LaunchError
 from ep2tp.model.families import load_families
 from ep2tp.model.locate import find_facts
+from ep2tp.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,8 @@ def _rank_of(model: Any, files: RankFiles) -> int:
 
     Some runners round a slice up, and then read past the slice of this rank, where a view holds nothing.
     """
-    routed = find_facts(str(files.folder), load_families()).tensor_class("routed")
+    families = load_families(folders=Settings.from_environment().patch_path)
+    routed = find_facts(str(files.folder), families).tensor_class("routed")
     per_rank = routed.size // files.ranks if routed else 0
     layers = [layer for _, layer in moe_layers(model)]
     found = {(m.moe_tp_size, m.moe_tp_rank, m.moe_ep_size, m.intermediate_size_per_partition) for m in layers}

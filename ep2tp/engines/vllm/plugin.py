@@ -27,6 +27,8 @@ Wrapped = Callable[..., Any]
 Positional = tuple[Any, ...]
 Keywords = dict[str, Any]
 
+_REWRITTEN = "_ep2tp_rewritten"  # on the EngineArgs of a launch that was rewritten
+
 # What `vllm serve` rewrote in this process, for the report that is written once its engine config exists.
 _served: list[tuple[Decision, list[Change]]] = []
 
@@ -66,20 +68,26 @@ def _create_engine_config(wrapped: Wrapped, instance: Any, args: Positional, kwa
     """Around ``EngineArgs.create_engine_config``, before which no worker exists."""
     settings = Settings.from_environment()
     if settings.mode is Mode.OFF:
+        guard.disarm()  # an earlier launch of this process may have been rewritten
         return wrapped(*args, **kwargs)
     from ep2tp.engines.vllm import launch
 
     decision, changes = launch.rewrite(instance, settings)
     if _served:
         decision, changes = _served.pop()
-    if not decision.rewrite and not _is_api_server_child(instance):
+    if decision.rewrite:
+        setattr(instance, _REWRITTEN, True)
+    is_rewritten = getattr(instance, _REWRITTEN, False)  # also by an earlier call: they ask for nothing any more
+    if is_rewritten:
+        guard.arm()
+    elif not _is_api_server_child(instance):
         guard.disarm()  # an earlier launch of this process was rewritten, this one is not
     vllm_config = wrapped(*args, **kwargs)
     plan = None
     if vllm_config.model_config.is_moe:
         from ep2tp.engines.vllm import padding
 
-        plan = padding.pad(vllm_config, instance, settings, bool(changes))
+        plan = padding.pad(vllm_config, instance, settings, is_rewritten)
     if _is_reporter(instance) and (plan is not None or decision.asked):
         log_launch(logger, decision, changes, plan, settings.kernel)
     return vllm_config
