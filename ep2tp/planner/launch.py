@@ -56,6 +56,8 @@ def _vllm(question: Question, assessed: Assessment) -> Launch:
     variables, flags, note = nccl_settings(question.link.name)
     if layout.plan == "TPxEP":
         return Launch({}, (), "vLLM cannot slice experts and spread them too; SGLang can")
+    if refusal := _refusal(assessed, "vLLM"):
+        return Launch({}, (), refusal)
     sizes = {
         "TP": ["--tensor-parallel-size", str(layout.tp)],
         "TEP": ["--tensor-parallel-size", str(layout.tp), "--enable-expert-parallel"],
@@ -70,6 +72,8 @@ def _vllm(question: Question, assessed: Assessment) -> Launch:
 def _sglang(question: Question, assessed: Assessment) -> Launch:
     layout, model = assessed.layout, _servable(question.facts.source)
     variables, flags, note = nccl_settings(question.link.name)
+    if refusal := _refusal(assessed, "SGLang"):
+        return Launch({}, (), refusal)
     ranks = str(layout.stage_ranks)
     sizes = {
         "TP": ["--tp-size", ranks],
@@ -80,6 +84,22 @@ def _sglang(question: Question, assessed: Assessment) -> Launch:
     }[layout.plan]
     command = ("sglang", "serve", "--model-path", model, *sizes, "--context-length", str(question.context), *flags)
     return Launch(_mode(assessed) | variables, command, _note(assessed, note))
+
+
+def _refusal(assessed: Assessment, engine: str) -> str:
+    """Why an engine cannot run a plan with whole experts; empty where it can.
+
+    ep2tp pads only launches that slice every expert, so what such a plan meets is the stock engine.
+    """
+    if not assessed.layout.holds_whole_experts:
+        return ""
+    for found in assessed.stock:
+        if found.engine == engine and found.outcome != "runs":
+            outcome = "refuses" if found.outcome == "refuses" else "goes wrong in silence with"
+            helps = not found.what.startswith("experts") and _is_padded(assessed)
+            remedy = f"; ep2tp reshard --tp {assessed.layout.attention_ranks} writes a checkpoint that divides"
+            return f"{engine} {found.versions} {outcome} {found.what}: {found.text}{remedy if helps else ''}"
+    return ""
 
 
 def _mode(assessed: Assessment) -> dict[str, str]:
