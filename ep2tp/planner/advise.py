@@ -187,8 +187,8 @@ def _padding(question: Question, best: Assessment) -> list[str]:
         "but padding; whole experts, or fewer ranks with pipeline stages, use the GPUs better."
         for c in slices_below_block(question.facts, best.layout)
     ]
-    if nccl_settings(question.link.name)[2]:
-        found.append(f"NCCL: {nccl_settings(question.link.name)[2]}.")
+    if nccl_settings(question.link)[2]:
+        found.append(f"NCCL: {nccl_settings(question.link)[2]}.")
     return found
 
 

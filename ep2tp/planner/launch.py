@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ep2tp.planner.compare import Assessment, Question
+from ep2tp.planner.links import Link
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,23 @@ class Launch:
         """One line for a shell."""
         if not self.command:
             return f"# {self.note}"
-        return " ".join([*(f"{key}={value}" for key, value in self.environment.items()), shlex.join(self.command)])
+        return " ".join(
+            [*(f"{key}={shlex.quote(value)}" for key, value in self.environment.items()), shlex.join(self.command)]
+        )
 
 
-def nccl_settings(link: str) -> tuple[dict[str, str], list[str], str]:
-    """(variables, vLLM's and SGLang's common flag, why) that suit a kind of link."""
+def nccl_settings(link: Link) -> tuple[dict[str, str], list[str], str]:
+    """(variables, vLLM's and SGLang's common flag, why) that suit a link: those of its profile, or of its kind."""
     no_custom = ["--disable-custom-all-reduce"]
-    if link in ("pcie4", "pcie5"):
+    if link.environment is not None:
+        measured = dict(link.environment)
+        has_no_peers = measured.get("NCCL_P2P_DISABLE", "0") != "0" or measured.get("NCCL_P2P_LEVEL") in ("0", "LOC")
+        return measured, no_custom if has_no_peers else [], "the variables of the measured profile" if measured else ""
+    if link.name in ("pcie4", "pcie5"):
         return {"NCCL_P2P_LEVEL": "SYS"}, [], "peer to peer across PCIe root ports; drop it if bytes do not arrive"
-    if link == "host":
+    if link.name == "host":
         return {"NCCL_P2P_DISABLE": "1"}, no_custom, "no peer to peer: NCCL stages through host memory"
-    if link == "socket":
+    if link.name == "socket":
         return (
             {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
             no_custom,
@@ -53,7 +60,7 @@ def launches(question: Question, assessed: Assessment) -> dict[str, Launch]:
 
 def _vllm(question: Question, assessed: Assessment) -> Launch:
     layout, model = assessed.layout, _servable(question.facts.source)
-    variables, flags, note = nccl_settings(question.link.name)
+    variables, flags, note = nccl_settings(question.link)
     if layout.plan == "TPxEP":
         return Launch({}, (), "vLLM cannot slice experts and spread them too; SGLang can")
     if refusal := _refusal(assessed, "vLLM"):
@@ -71,7 +78,7 @@ def _vllm(question: Question, assessed: Assessment) -> Launch:
 
 def _sglang(question: Question, assessed: Assessment) -> Launch:
     layout, model = assessed.layout, _servable(question.facts.source)
-    variables, flags, note = nccl_settings(question.link.name)
+    variables, flags, note = nccl_settings(question.link)
     if refusal := _refusal(assessed, "SGLang"):
         return Launch({}, (), refusal)
     ranks = str(layout.stage_ranks)

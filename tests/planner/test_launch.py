@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from ep2tp.errors import SettingError
 from ep2tp.planner.advise import advise
 from ep2tp.planner.launch import launches
+from ep2tp.planner.profile import find_link, write_profile
 from ep2tp.planner.report import print_report
 from tests.planner.models import assessed
+from tests.planner.test_links import profile
 
 
-@pytest.mark.parametrize("plan", ["TEP 4", "DEP 4"])
-def test_no_command_where_an_engine_refuses_the_number_of_experts(plan: str) -> None:
+def test_no_command_where_an_engine_refuses_the_number_of_experts() -> None:
     """vLLM deals 128 experts out over 3 ranks unevenly; SGLang asserts."""
     question, plans = assessed("GLM-4.5-Air", "bf16", 3, "H200", "host", batches=(1,))
-    found = launches(question, plans[plan.replace("4", "3")])
+    found = launches(question, plans["DEP 3"])
     assert found["vllm"].command
     assert not found["sglang"].command
     assert "SGLang 0.5.23 refuses experts (128 over 3)" in str(found["sglang"])
     question, plans = assessed("GLM-4.5-Air", "bf16", 4, "H200", "host", batches=(1,))
-    assert launches(question, plans[plan])["sglang"].command
+    assert launches(question, plans["DEP 4"])["sglang"].command
 
 
 def test_the_chosen_plan_is_among_those_that_do_not_divide() -> None:
@@ -45,3 +49,31 @@ def test_ep2tp_does_not_pad_a_plan_with_whole_experts_but_reshard_does() -> None
     for launch in launches(question, plans["TP 8"]).values():
         assert launch.environment["EP2TP"] == "on"
         assert launch.command
+
+
+def test_a_profile_gives_the_variables_that_it_was_measured_with(tmp_path: Path) -> None:
+    question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 4)
+    path = tmp_path / "machine.json"
+    write_profile(path, profile(environment={"NCCL_P2P_DISABLE": "1", "NCCL_IB_HCA": "=mlx5_0; x"}))
+    measured = replace(question, link=find_link(str(path)))
+    for launch in launches(measured, plans["TP 4"]).values():
+        assert "NCCL_P2P_DISABLE=1 NCCL_IB_HCA='=mlx5_0; x'" in str(launch)
+        assert "--disable-custom-all-reduce" in launch.command
+    assert any("variables of the measured profile" in reason for reason in advise(measured, [plans["TP 4"]]).reasons)
+
+
+def test_the_name_of_a_profile_says_nothing(tmp_path: Path) -> None:
+    question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 4)
+    path = tmp_path / "socket.json"
+    write_profile(path, profile(environment={}))
+    for launch in launches(replace(question, link=find_link(str(path))), plans["TP 4"]).values():
+        assert "NCCL" not in str(launch)
+        assert "--disable-custom-all-reduce" not in launch.command
+
+
+@pytest.mark.parametrize("environment", [{"PATH": "/tmp"}, {"NCCL_X;rm": "1"}, {"NCCL_X": 1}, ["NCCL_X"]])
+def test_a_profile_with_other_variables_is_refused(tmp_path: Path, environment: object) -> None:
+    path = tmp_path / "machine.json"
+    write_profile(path, profile(environment=environment))
+    with pytest.raises(SettingError, match="machine.json"):
+        find_link(str(path))
