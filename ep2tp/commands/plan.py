@@ -60,6 +60,8 @@ def plan_command(model: str | None, gpus: int | None, calibrate: bool, output: s
         raise click.UsageError("--gpus says how many GPUs the launch has")
     if output is not None and not calibrate:
         raise click.UsageError("--output goes with --calibrate")
+    if options["revision"] and Path(model).exists():
+        raise click.UsageError(f"--revision goes with a hub model; {model} is on this machine")
     _plan(model, gpus, **options)
 
 
@@ -96,7 +98,7 @@ def _plan(
         check_matplotlib()
     chosen_link, chosen_gpu = choose_link(link, gpus, choose_gpu(gpu, memory_gb))
     facts, inventory = load_model(model, revision)
-    question = Question(facts, inventory, gpus, chosen_gpu, chosen_link, batches, context, prompt)
+    question = Question(facts, inventory, gpus, chosen_gpu, chosen_link, batches, context, prompt, revision)
     assessed = assess_all(question)
     verdict = advise(question, assessed)
     if plot is not None:

@@ -8,7 +8,7 @@ from math import inf, log
 
 from ep2tp.planner.compare import Assessment, Question, decode_at, fastest
 from ep2tp.planner.divisibility import kv_copies, slices_below_block
-from ep2tp.planner.launch import Launch, launches, nccl_settings
+from ep2tp.planner.launch import Launch, launches, longest_context, nccl_settings
 from ep2tp.planner.memory import GB, usable_bytes
 
 _EP = ("TEP", "DEP", "TPxEP")
@@ -48,6 +48,7 @@ def advise(question: Question, assessed: Sequence[Assessment]) -> Verdict:
     unavoidable = not sliced
     better = _batches_where_ep_wins(question, running, sliced)
     reasons = [_headline(best, unavoidable)]
+    reasons += _context(question)
     reasons += _comparison(question, running, best)
     reasons += _where_ep_wins(question, running, better) or _where_ep_would_win(question, running, sliced)
     reasons += _what_does_not_run(question, assessed)
@@ -68,6 +69,16 @@ def _headline(best: Assessment, unavoidable: bool) -> str:
     if unavoidable:
         return f"{best.layout}: expert parallelism is unavoidable here; no plan that slices every expert runs."
     return f"{best.layout}: the least decode time of the plans that fit, over the batches asked for."
+
+
+def _context(question: Question) -> list[str]:
+    most = longest_context(question)
+    if question.context <= most:
+        return []
+    return [
+        f"Context {question.context} is beyond this model's max_position_embeddings, {most}: the figures are for "
+        f"{question.context}, the launches for {most}, since engines refuse more."
+    ]
 
 
 def _comparison(question: Question, running: Sequence[Assessment], best: Assessment) -> list[str]:

@@ -30,6 +30,7 @@ class Question:
         batches: sequences that decode at once, over all GPUs.
         context: tokens of each sequence.
         prompt: tokens of the prefill.
+        revision: branch, tag or commit of a hub model; None for its default, and for a folder.
     """
 
     facts: ModelFacts
@@ -40,6 +41,7 @@ class Question:
     batches: tuple[int, ...] = (1, 8, 64)
     context: int = 8192
     prompt: int = 2048
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from ep2tp.model.families import config_parts
 from ep2tp.planner.compare import Assessment, Question
 from ep2tp.planner.links import Link
 
@@ -28,9 +29,8 @@ class Launch:
         """One line for a shell."""
         if not self.command:
             return f"# {self.note}"
-        return " ".join(
-            [*(f"{key}={shlex.quote(value)}" for key, value in self.environment.items()), shlex.join(self.command)]
-        )
+        variables = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.command)])
 
 
 def nccl_settings(link: Link) -> tuple[dict[str, str], list[str], str]:
@@ -53,6 +53,12 @@ def nccl_settings(link: Link) -> tuple[dict[str, str], list[str], str]:
     return {}, [], ""
 
 
+def longest_context(question: Question) -> int:
+    """Tokens beyond which engines refuse a launch: the model's ``max_position_embeddings``, where config.json says."""
+    found = [part.get("max_position_embeddings") for part in config_parts(question.facts.config)]
+    return min((n for n in found if isinstance(n, int) and n > 0), default=question.context)
+
+
 def launches(question: Question, assessed: Assessment) -> dict[str, Launch]:
     """The plan's launch for ``vllm`` and ``sglang``."""
     return {"vllm": _vllm(question, assessed), "sglang": _sglang(question, assessed)}
@@ -71,8 +77,8 @@ def _vllm(question: Question, assessed: Assessment) -> Launch:
         "DEP": ["--data-parallel-size", str(layout.dp), "--enable-expert-parallel"],
         "TPxPP": ["--tensor-parallel-size", str(layout.tp), "--pipeline-parallel-size", str(layout.pp)],
     }[layout.plan]
-    context = ["--max-model-len", str(question.context)]
-    command = ("vllm", "serve", model, *sizes, *context, *flags)
+    context = ["--max-model-len", str(min(question.context, longest_context(question)))]
+    command = ("vllm", "serve", model, *_revision(question), *sizes, *context, *flags)
     return Launch(_mode(assessed) | variables, command, _note(assessed, note))
 
 
@@ -89,7 +95,8 @@ def _sglang(question: Question, assessed: Assessment) -> Launch:
         "TPxPP": ["--tp-size", str(layout.tp), "--pp-size", str(layout.pp)],
         "TPxEP": ["--tp-size", ranks, "--ep-size", str(layout.ep)],
     }[layout.plan]
-    command = ("sglang", "serve", "--model-path", model, *sizes, "--context-length", str(question.context), *flags)
+    context = ["--context-length", str(min(question.context, longest_context(question)))]
+    command = ("sglang", "serve", "--model-path", model, *_revision(question), *sizes, *context, *flags)
     return Launch(_mode(assessed) | variables, command, _note(assessed, note))
 
 
@@ -107,6 +114,10 @@ def _refusal(assessed: Assessment, engine: str) -> str:
             remedy = f"; ep2tp reshard --tp {assessed.layout.attention_ranks} writes a checkpoint that divides"
             return f"{engine} {found.versions} {outcome} {found.what}: {found.text}{remedy if helps else ''}"
     return ""
+
+
+def _revision(question: Question) -> list[str]:
+    return ["--revision", question.revision] if question.revision else []
 
 
 def _mode(assessed: Assessment) -> dict[str, str]:

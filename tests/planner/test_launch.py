@@ -75,5 +75,25 @@ def test_the_name_of_a_profile_says_nothing(tmp_path: Path) -> None:
 def test_a_profile_with_other_variables_is_refused(tmp_path: Path, environment: object) -> None:
     path = tmp_path / "machine.json"
     write_profile(path, profile(environment=environment))
-    with pytest.raises(SettingError, match="machine.json"):
+    with pytest.raises(SettingError, match=r"machine\.json"):
         find_link(str(path))
+
+
+@pytest.mark.parametrize(("context", "launched"), [(131072, 131072), (262144, 131072)])
+def test_a_launch_has_no_longer_context_than_the_model(context: int, launched: int) -> None:
+    question, plans = assessed("GLM-4.5-Air", "bf16", 4, "H200", context=context)
+    facts = replace(question.facts, config={**question.facts.config, "max_position_embeddings": 131072})
+    found = advise(replace(question, facts=facts), list(plans.values()))
+    for launch in found.commands.values():
+        flag = "--max-model-len" if "--max-model-len" in launch.command else "--context-length"
+        assert launch.command[launch.command.index(flag) + 1] == str(launched)
+    said = [reason for reason in found.reasons if "max_position_embeddings" in reason]
+    assert len(said) == (context > launched)
+
+
+def test_a_revision_is_part_of_the_launch() -> None:
+    question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 4)
+    for launch in launches(replace(question, revision="v1"), plans["TP 4"]).values():
+        assert launch.command[launch.command.index("--revision") + 1] == "v1"
+    for launch in launches(question, plans["TP 4"]).values():
+        assert "--revision" not in launch.command

@@ -164,13 +164,20 @@ def test_a_hub_model_is_planned_from_its_headers_alone(hub: tuple[str, type[Coun
     environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     words = ["--gpus", "2", "--memory", "10", "--json"]
     command = [sys.executable, "-m", "ep2tp", "plan"]
-    done = subprocess.run([*command, "lab/model", *words], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "lab/model", "--revision", "v1", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     remote = json.loads(done.stdout)
     _, out, _ = run(str(handler.folder / "model"), *words)
     local = json.loads(out)
     assert remote["plans"] == local["plans"]
     assert remote["model"]["source"] == "lab/model"
+    assert all("--revision v1" in launch for launch in remote["verdict"]["commands"].values())
     assert not list((tmp_path / "home").rglob("*.safetensors"))
     assert all(size <= 100_000 for size in handler.sent)
     missing = subprocess.run(
@@ -194,6 +201,7 @@ def test_a_hub_model_is_planned_from_its_headers_alone(hub: tuple[str, type[Coun
         (("MODEL", "--gpus", "2", "--link", "carrier-pigeon"), 1, "nvlink, host, socket"),
         (("MODEL", "--gpus", "2", "--link", "MODEL"), 1, "not a profile"),
         (("MODEL", "--gpus", "2", "--output", "x"), 2, "--calibrate"),
+        (("MODEL", "--gpus", "2", "--revision", "main"), 2, "--revision goes with a hub model"),
         (("no/such/model", "--gpus", "2"), 1, "no/such/model: no such file or folder"),
         (("./missing", "--gpus", "2"), 1, "./missing: no such file or folder"),
     ],
