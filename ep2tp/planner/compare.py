@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ep2tp.errors import ModelError
@@ -152,10 +151,3 @@ def _sequences(left: float, cache: float, layout: Layout) -> int:
     if left < 0:
         return -1
     return layout.dp * int(left // cache) if cache else layout.dp
-
-
-def fastest(assessed: Sequence[Assessment], batch: int) -> Assessment:
-    """The plan with the shortest decode step at a batch that it holds; within 2%, the one that comes first."""
-    assessed = [a for a in assessed if a.holds(batch)] or assessed
-    least = min(a.decode[batch].total for a in assessed)
-    return next(a for a in assessed if a.decode[batch].total <= 1.02 * least)

@@ -80,7 +80,7 @@ def _time_table(
         row: list[str | Text] = [
             str(a.layout),
             *cells,
-            f"{1e3 * last / a.decode[last].total:.0f}",
+            ("" if a.holds(last) or not a.runs else "!") + f"{1e3 * last / a.decode[last].total:.0f}",
             _ms(a.prefill.total),
             _runs(a),
         ]
