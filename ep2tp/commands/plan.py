@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def _calibrate(gpus: int | None, output: str | None) -> None:
 
     path = Path(output) if output else profile_path()
     profile = calibrate(gpus, path)
-    click.echo(f"{profile.link.label}\nstored; later plans on this machine use it unless --link is given", err=True)
+    use = f"with --link {shlex.quote(output)}" if output else "on this machine unless --link is given"
+    click.echo(f"{profile.link.label}\nstored; later plans use it {use}", err=True)
 
 
 def _plan(

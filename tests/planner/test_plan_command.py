@@ -304,6 +304,18 @@ def test_calibration_with_gloo_is_used_by_later_plans(tmp_path: Path) -> None:
     assert json.loads(run(*words, "--link", "nvlink")[1])["machine"]["link"] == "nvlink"
 
 
+def test_a_profile_stored_elsewhere_is_used_when_it_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    model, stored = tmp_path / "config.json", tmp_path / "my links.json"
+    model.write_text(json.dumps(config("Qwen3-30B-A3B")))
+    status, _, err = run("--calibrate", "--gpus", "2", "--output", str(stored))
+    assert status == 0
+    assert f"later plans use it with --link '{stored}'" in err
+    words = (str(model), "--gpus", "2", "--gpu", "L40S", "--json")
+    assert "assumed" in json.loads(run(*words)[1])["machine"]["link_source"]
+    assert json.loads(run(*words, "--link", str(stored))[1])["machine"]["link_source"].endswith(f"({stored})")
+
+
 def test_a_rank_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from ep2tp.errors import Ep2tpError
