@@ -37,9 +37,9 @@ class Verdict:
 def advise(question: Question, assessed: Sequence[Assessment]) -> Verdict:
     """Choose among assessed plans, and say why."""
     running = [a for a in assessed if a.runs]
-    if not running:
-        return Verdict(None, {}, tuple(_nothing_runs(question, assessed)), False, False, {})
     by_batch = {batch: fastest(running, batch) for batch in question.batches}
+    if not running:
+        return Verdict(None, by_batch, tuple(_nothing_runs(question, assessed)), False, False, {})
     best = best_plan(question, running)
     unavoidable = all(a.layout.plan in whole_experts.PLANS for a in running)
     won = whole_experts.batches_won(question, running)

@@ -110,9 +110,10 @@ def _refusal(assessed: Assessment, engine: str) -> str:
     for found in assessed.stock:
         if found.engine == engine and found.outcome != "runs":
             outcome = "refuses" if found.outcome == "refuses" else "goes wrong in silence with"
+            name = engine if found.versions == "all" else f"{engine} {found.versions}"
             helps = not found.what.startswith("experts") and _is_padded(assessed)
             remedy = f"; ep2tp reshard --tp {assessed.layout.attention_ranks} writes a checkpoint that divides"
-            return f"{engine} {found.versions} {outcome} {found.what}: {found.text}{remedy if helps else ''}"
+            return f"{name} {outcome} {found.what}: {found.text}{remedy if helps else ''}"
     return ""
 
 

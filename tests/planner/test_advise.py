@@ -76,6 +76,7 @@ def test_nothing_fits() -> None:
     _, found = verdict("DeepSeek-V3/R1/V3.1", "fp8_block128", 2, "RTX 5090", "pcie5")
     assert found.best is None
     assert found.commands == {}
+    assert found.by_batch == {1: None, 8: None, 64: None}
     assert "No plan fits" in found.reasons[0]
     assert "more GPUs" in found.reasons[0]
 
