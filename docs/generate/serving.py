@@ -150,8 +150,8 @@ def _notes(fitting: list[tuple[Question, list[Assessment], Assessment, Verdict]]
     if other:
         batches = ", ".join(map(str, fitting[0][0].batches))
         yield (
-            f"Over batches {batches}, the planner computes a shorter decode step for another plan, on "
-            f"{'; '.join(other)}: [choosing a plan](../choosing-a-plan.md)."
+            f"Over batches {batches}, the planner prefers another plan, for a shorter decode step or more room for "
+            f"sequences, on {'; '.join(other)}: [choosing a plan](../choosing-a-plan.md)."
         )
 
 

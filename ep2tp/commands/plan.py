@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def plan_command(model: str | None, gpus: int | None, calibrate: bool, output: s
         raise click.UsageError("--gpus says how many GPUs the launch has")
     if output is not None and not calibrate:
         raise click.UsageError("--output goes with --calibrate")
+    if options["revision"] and Path(model).exists():
+        raise click.UsageError(f"--revision goes with a hub model; {model} is on this machine")
     _plan(model, gpus, **options)
 
 
@@ -69,7 +72,8 @@ def _calibrate(gpus: int | None, output: str | None) -> None:
 
     path = Path(output) if output else profile_path()
     profile = calibrate(gpus, path)
-    click.echo(f"{profile.link.label}\nstored; later plans on this machine use it unless --link is given", err=True)
+    use = f"with --link {shlex.quote(output)}" if output else "on this machine unless --link is given"
+    click.echo(f"{profile.link.label}\nstored; later plans use it {use}", err=True)
 
 
 def _plan(
@@ -96,7 +100,7 @@ def _plan(
         check_matplotlib()
     chosen_link, chosen_gpu = choose_link(link, gpus, choose_gpu(gpu, memory_gb))
     facts, inventory = load_model(model, revision)
-    question = Question(facts, inventory, gpus, chosen_gpu, chosen_link, batches, context, prompt)
+    question = Question(facts, inventory, gpus, chosen_gpu, chosen_link, batches, context, prompt, revision)
     assessed = assess_all(question)
     verdict = advise(question, assessed)
     if plot is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ep2tp.errors import ModelError
@@ -30,6 +29,7 @@ class Question:
         batches: sequences that decode at once, over all GPUs.
         context: tokens of each sequence.
         prompt: tokens of the prefill.
+        revision: branch, tag or commit of a hub model; None for its default, and for a folder.
     """
 
     facts: ModelFacts
@@ -40,6 +40,7 @@ class Question:
     batches: tuple[int, ...] = (1, 8, 64)
     context: int = 8192
     prompt: int = 2048
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,3 @@ def _sequences(left: float, cache: float, layout: Layout) -> int:
     if left < 0:
         return -1
     return layout.dp * int(left // cache) if cache else layout.dp
-
-
-def fastest(assessed: Sequence[Assessment], batch: int) -> Assessment:
-    """The plan with the shortest decode step at a batch that it holds; within 2%, the one that comes first."""
-    assessed = [a for a in assessed if a.holds(batch)] or assessed
-    least = min(a.decode[batch].total for a in assessed)
-    return next(a for a in assessed if a.decode[batch].total <= 1.02 * least)

@@ -55,7 +55,7 @@ def kv_copies(facts: ModelFacts, layout: Layout) -> int:
 
 
 def stock_behaviour(facts: ModelFacts, layout: Layout) -> list[Behaviour]:
-    """What vLLM and SGLang do, without ep2tp, with every class of weights that does not divide."""
+    """What vLLM and SGLang do, without ep2tp, with experts and every class of weights that do not divide."""
     found: list[Behaviour] = []
     if facts.experts % layout.ep:
         what = f"experts ({facts.experts} over {layout.ep})"

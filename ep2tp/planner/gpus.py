@@ -59,15 +59,22 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         SettingError: none, or a name that is part of several.
     """
-    wanted = _key(name)
-    if exact := [gpu for gpu in GPUS if _key(gpu.name) == wanted]:
-        return exact[0]
-    fitting = [gpu for gpu in GPUS if wanted and wanted in _key(gpu.name)]
-    inside = sorted((gpu for gpu in GPUS if _key(gpu.name) in wanted), key=lambda gpu: -len(gpu.name))
-    if len(fitting) == 1 or inside:
-        return fitting[0] if len(fitting) == 1 else inside[0]
+    found = gpus_named(name)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise SettingError(f"--gpu {name!r} may be {' or '.join(gpu.name for gpu in found)}: write one of them")
     names = ", ".join(gpu.name for gpu in GPUS)
-    raise SettingError(f"--gpu {name!r}: ep2tp knows {names}; for another GPU give --memory GB")
+    raise SettingError(f"--gpu {name!r}: ep2tp knows {names}; for another GPU give --memory GB too")
+
+
+def gpus_named(name: str) -> list[Gpu]:
+    """The GPUs that ``name`` may mean. Words count whole, since L40 and GH200 are neither L40S nor H200."""
+    if exact := [gpu for gpu in GPUS if _key(gpu.name) == _key(name)]:
+        return exact
+    wanted = _words(name)
+    inside = sorted((gpu for gpu in GPUS if _words(gpu.name) <= wanted), key=lambda gpu: -len(gpu.name))
+    return inside[:1] or [gpu for gpu in GPUS if wanted and wanted <= _words(gpu.name)]
 
 
 def unknown_gpu(memory_gb: float) -> Gpu:
@@ -77,5 +84,12 @@ def unknown_gpu(memory_gb: float) -> Gpu:
     return Gpu(f"{memory_gb:g} GB GPU", memory_gb, gpu.bandwidth, gpu.tflops, gpu.fp8_tflops, source)
 
 
+_NOISE = r"nvidia|geforce|blackwell|sxm\d?|hbm\w*"
+
+
 def _key(name: str) -> str:
-    return re.sub(r"nvidia|geforce|blackwell|sxm\d?|hbm\w*|[^a-z0-9]", "", name.lower())
+    return re.sub(rf"{_NOISE}|[^a-z0-9]", "", name.lower())
+
+
+def _words(name: str) -> set[str]:
+    return {word for word in re.findall(r"[a-z0-9]+", name.lower()) if not re.fullmatch(_NOISE, word)}

@@ -6,7 +6,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from ep2tp.model.families import config_parts
 from ep2tp.planner.compare import Assessment, Question
+from ep2tp.planner.links import Link
 
 
 @dataclass(frozen=True)
@@ -27,23 +29,34 @@ class Launch:
         """One line for a shell."""
         if not self.command:
             return f"# {self.note}"
-        return " ".join([*(f"{key}={value}" for key, value in self.environment.items()), shlex.join(self.command)])
+        variables = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.command)])
 
 
-def nccl_settings(link: str) -> tuple[dict[str, str], list[str], str]:
-    """(variables, vLLM's and SGLang's common flag, why) that suit a kind of link."""
+def nccl_settings(link: Link) -> tuple[dict[str, str], list[str], str]:
+    """(variables, vLLM's and SGLang's common flag, why) that suit a link: those of its profile, or of its kind."""
     no_custom = ["--disable-custom-all-reduce"]
-    if link in ("pcie4", "pcie5"):
+    if link.environment is not None:
+        measured = dict(link.environment)
+        has_no_peers = measured.get("NCCL_P2P_DISABLE", "0") != "0" or measured.get("NCCL_P2P_LEVEL") in ("0", "LOC")
+        return measured, no_custom if has_no_peers else [], "the variables of the measured profile" if measured else ""
+    if link.name in ("pcie4", "pcie5"):
         return {"NCCL_P2P_LEVEL": "SYS"}, [], "peer to peer across PCIe root ports; drop it if bytes do not arrive"
-    if link == "host":
+    if link.name == "host":
         return {"NCCL_P2P_DISABLE": "1"}, no_custom, "no peer to peer: NCCL stages through host memory"
-    if link == "socket":
+    if link.name == "socket":
         return (
             {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
             no_custom,
             "sockets; between nodes set NCCL_SOCKET_IFNAME to the fast interface instead",
         )
     return {}, [], ""
+
+
+def longest_context(question: Question) -> int:
+    """Tokens beyond which engines refuse a launch: the model's ``max_position_embeddings``, where config.json says."""
+    found = [part.get("max_position_embeddings") for part in config_parts(question.facts.config)]
+    return min((n for n in found if isinstance(n, int) and n > 0), default=question.context)
 
 
 def launches(question: Question, assessed: Assessment) -> dict[str, Launch]:
@@ -53,23 +66,27 @@ def launches(question: Question, assessed: Assessment) -> dict[str, Launch]:
 
 def _vllm(question: Question, assessed: Assessment) -> Launch:
     layout, model = assessed.layout, _servable(question.facts.source)
-    variables, flags, note = nccl_settings(question.link.name)
+    variables, flags, note = nccl_settings(question.link)
     if layout.plan == "TPxEP":
         return Launch({}, (), "vLLM cannot slice experts and spread them too; SGLang can")
+    if refusal := _refusal(assessed, "vLLM"):
+        return Launch({}, (), refusal)
     sizes = {
         "TP": ["--tensor-parallel-size", str(layout.tp)],
         "TEP": ["--tensor-parallel-size", str(layout.tp), "--enable-expert-parallel"],
         "DEP": ["--data-parallel-size", str(layout.dp), "--enable-expert-parallel"],
         "TPxPP": ["--tensor-parallel-size", str(layout.tp), "--pipeline-parallel-size", str(layout.pp)],
     }[layout.plan]
-    context = ["--max-model-len", str(question.context)]
-    command = ("vllm", "serve", model, *sizes, *context, *flags)
+    context = ["--max-model-len", str(min(question.context, longest_context(question)))]
+    command = ("vllm", "serve", model, *_revision(question), *sizes, *context, *flags)
     return Launch(_mode(assessed) | variables, command, _note(assessed, note))
 
 
 def _sglang(question: Question, assessed: Assessment) -> Launch:
     layout, model = assessed.layout, _servable(question.facts.source)
-    variables, flags, note = nccl_settings(question.link.name)
+    variables, flags, note = nccl_settings(question.link)
+    if refusal := _refusal(assessed, "SGLang"):
+        return Launch({}, (), refusal)
     ranks = str(layout.stage_ranks)
     sizes = {
         "TP": ["--tp-size", ranks],
@@ -78,8 +95,30 @@ def _sglang(question: Question, assessed: Assessment) -> Launch:
         "TPxPP": ["--tp-size", str(layout.tp), "--pp-size", str(layout.pp)],
         "TPxEP": ["--tp-size", ranks, "--ep-size", str(layout.ep)],
     }[layout.plan]
-    command = ("sglang", "serve", "--model-path", model, *sizes, "--context-length", str(question.context), *flags)
+    context = ["--context-length", str(min(question.context, longest_context(question)))]
+    command = ("sglang", "serve", "--model-path", model, *_revision(question), *sizes, *context, *flags)
     return Launch(_mode(assessed) | variables, command, _note(assessed, note))
+
+
+def _refusal(assessed: Assessment, engine: str) -> str:
+    """Why an engine cannot run a plan with whole experts; empty where it can.
+
+    ep2tp pads only launches that slice every expert, so what such a plan meets is the stock engine.
+    """
+    if not assessed.layout.holds_whole_experts:
+        return ""
+    for found in assessed.stock:
+        if found.engine == engine and found.outcome != "runs":
+            outcome = "refuses" if found.outcome == "refuses" else "goes wrong in silence with"
+            name = engine if found.versions == "all" else f"{engine} {found.versions}"
+            helps = not found.what.startswith("experts") and _is_padded(assessed)
+            remedy = f"; ep2tp reshard --tp {assessed.layout.attention_ranks} writes a checkpoint that divides"
+            return f"{name} {outcome} {found.what}: {found.text}{remedy if helps else ''}"
+    return ""
+
+
+def _revision(question: Question) -> list[str]:
+    return ["--revision", question.revision] if question.revision else []
 
 
 def _mode(assessed: Assessment) -> dict[str, str]:

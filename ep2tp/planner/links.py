@@ -48,6 +48,7 @@ class Link:
         step_us: microseconds that a further ring step adds.
         lines: for each collective, its lines from small messages to large; a collective without lines is timed like
             all_gather.
+        environment: NCCL's variables of the measurement, of a profile; None for a built-in link, whose name says them.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Link:
     ranks: int
     step_us: float
     lines: Mapping[str, tuple[Line, ...]]
+    environment: Mapping[str, str] | None = None
 
     def us(self, kind: str, sent: float, ranks: int) -> float:
         """Microseconds of one collective in which each of ``ranks`` ranks sends ``sent`` bytes; 0 for one rank."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ep2tp.errors import SettingError
-from ep2tp.planner.gpus import DEFAULT, Gpu, find_gpu, unknown_gpu
+from ep2tp.planner.gpus import DEFAULT, Gpu, find_gpu, gpus_named, unknown_gpu
 from ep2tp.planner.links import Link, built_in
 from ep2tp.planner.profile import find_link, profile_path, read_profile
 
@@ -15,8 +15,10 @@ def choose_gpu(name: str | None, memory_gb: float | None) -> Gpu:
     """The GPU: by name, by memory, both, this machine's, or an assumed one.
 
     Raises:
-        SettingError: a name that ep2tp does not know.
+        SettingError: a name that ep2tp does not know, without the memory; or one that is part of several.
     """
+    if name is not None and memory_gb is not None and not gpus_named(name):
+        return replace(unknown_gpu(memory_gb), name=name)
     if name is not None:
         gpu = find_gpu(name)
         return gpu if memory_gb is None else replace(gpu, memory_gb=memory_gb, source=f"{gpu.source}, memory as given")

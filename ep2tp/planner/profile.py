@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,5 +91,14 @@ def _parse(path: Path, stored: Any) -> Profile:
     device = str(stored["device"])
     label = f"measured: {ranks}x {device}, {stored['backend']}, {stored['when']} ({path})"
     link = fit_link(path.stem, label, ranks, float(stored.get("step_us", 1.0)), rows)
+    link = replace(link, environment=_environment(stored.get("environment", {})))
     bandwidth = stored.get("memory_bandwidth")
     return Profile(link, float(bandwidth) if bandwidth else None, device)
+
+
+def _environment(stored: Mapping[str, Any]) -> dict[str, str]:
+    """NCCL's variables, which go into launches that a person pastes into a shell: no other name is let through."""
+    for name, value in stored.items():
+        if not re.fullmatch(r"NCCL_\w+", name, re.ASCII) or not isinstance(value, str):
+            raise ValueError(f"environment: {name!r} is no variable of NCCL")
+    return dict(stored)

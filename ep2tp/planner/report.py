@@ -26,7 +26,7 @@ def print_report(console: Console, question: Question, assessed: Sequence[Assess
     console.print(_memory_table(question, assessed))
     for table in _fitting(console, question.batches, lambda some: _communication_table(assessed, some)):
         console.print(table)
-    _print_divisibility(console, assessed)
+    _print_divisibility(console, assessed, verdict.best)
     _print_verdict(console, verdict)
 
 
@@ -80,7 +80,7 @@ def _time_table(
         row: list[str | Text] = [
             str(a.layout),
             *cells,
-            f"{1e3 * last / a.decode[last].total:.0f}",
+            ("" if a.holds(last) or not a.runs else "!") + f"{1e3 * last / a.decode[last].total:.0f}",
             _ms(a.prefill.total),
             _runs(a),
         ]
@@ -119,9 +119,9 @@ def _communication_table(assessed: Sequence[Assessment], batches: tuple[int, ...
     return table
 
 
-def _print_divisibility(console: Console, assessed: Sequence[Assessment]) -> None:
+def _print_divisibility(console: Console, assessed: Sequence[Assessment], best: Assessment | None) -> None:
     for a in assessed:
-        if a.layout.plan not in ("TP", "TEP") or not (a.stock or a.blockers):
+        if not (a.stock or a.blockers) or (a.layout.plan not in ("TP", "TEP") and a is not best):
             continue
         console.print(f"\n[bold]{a.layout}[/] does not divide:")
         for blocker in a.blockers:

@@ -121,7 +121,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     return {
         "plan": None,
         **sizes,
-        "by_batch": {str(batch): str(a.layout) for batch, a in verdict.by_batch.items()},
+        "by_batch": {str(batch): a and str(a.layout) for batch, a in verdict.by_batch.items()},
         "ep_is_better": verdict.ep_is_better,
         "ep_is_unavoidable": verdict.ep_is_unavoidable,
         "reasons": list(verdict.reasons),

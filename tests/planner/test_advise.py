@@ -32,7 +32,9 @@ def test_ep_wins_with_a_latent_cache_nvlink_and_a_large_batch() -> None:
     assert found.best.layout.plan == "DEP"
     assert found.ep_is_better
     assert not found.ep_is_unavoidable
-    assert any("hold and read the same KV cache" in reason for reason in found.reasons)
+    assert any(
+        "TP 8 holds 83 sequences" in reason and "8 ranks hold the same KV cache" in reason for reason in found.reasons
+    )
 
 
 def test_the_batch_from_which_ep_wins_is_named() -> None:
@@ -43,7 +45,9 @@ def test_the_batch_from_which_ep_wins_is_named() -> None:
     _, large = verdict("DeepSeek-V3/R1/V3.1", "fp8_block128", 8, "H200", "nvlink", batches=(batch,), context=8192)
     assert large.ep_is_better
     _, never = verdict("Llama-4-Maverick", "fp8_channel", 8, "H100", "nvlink", batches=(1,), context=1024)
-    assert any("clearly faster up to batch 1024" in reason for reason in never.reasons)
+    assert any(
+        "clearly faster up to batch 256" in reason and "none holds batch 1024" in reason for reason in never.reasons
+    )
 
 
 def test_ep_is_unavoidable_where_heads_do_not_divide() -> None:
@@ -72,6 +76,7 @@ def test_nothing_fits() -> None:
     _, found = verdict("DeepSeek-V3/R1/V3.1", "fp8_block128", 2, "RTX 5090", "pcie5")
     assert found.best is None
     assert found.commands == {}
+    assert found.by_batch == {1: None, 8: None, 64: None}
     assert "No plan fits" in found.reasons[0]
     assert "more GPUs" in found.reasons[0]
 

@@ -27,16 +27,31 @@ from ep2tp.planner.machine import choose_gpu
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("h100", "H100"),
         ("rtx pro 6000", "RTX PRO 6000"),
+        ("RTXPRO6000", "RTX PRO 6000"),
+        ("5090", "RTX 5090"),
+        ("A6000", "RTX A6000"),
+        ("NVIDIA H200 NVL", "H200"),
     ],
 )
 def test_names_as_the_driver_and_as_people_write_them(reported: str, name: str) -> None:
     assert find_gpu(reported).name == name
 
 
-@pytest.mark.parametrize("name", ["", "A100", "TPU v5", "RTX"])
-def test_a_name_of_none_or_of_several_is_refused(name: str) -> None:
-    with pytest.raises(SettingError, match="--memory GB"):
-        find_gpu(name)
+@pytest.mark.parametrize("name", ["", "TPU v5", "MI300X", "L40", "L20", "A10", "GH200", "GB200", "H2", "RTX 409"])
+def test_another_gpu_needs_its_memory(name: str) -> None:
+    """``L40`` is no part of L40S, and L4 none of it: each is a GPU of its own."""
+    with pytest.raises(SettingError, match="for another GPU give --memory GB"):
+        choose_gpu(name, None)
+    found = choose_gpu(name, 192.0)
+    assert (found.name, found.memory_gb) == (name, 192)
+    assert "assumed" in found.source
+
+
+@pytest.mark.parametrize("name", ["A100", "RTX", "RTX 6000", "A100 PCIe"])
+def test_a_name_of_several_is_refused_with_their_names(name: str) -> None:
+    for memory in (None, 80.0):
+        with pytest.raises(SettingError, match=r" or .*: write one of them"):
+            choose_gpu(name, memory)
 
 
 def test_memory_may_be_given_with_and_without_a_name() -> None:

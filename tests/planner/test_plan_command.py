@@ -164,13 +164,20 @@ def test_a_hub_model_is_planned_from_its_headers_alone(hub: tuple[str, type[Coun
     environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
     words = ["--gpus", "2", "--memory", "10", "--json"]
     command = [sys.executable, "-m", "ep2tp", "plan"]
-    done = subprocess.run([*command, "lab/model", *words], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "lab/model", "--revision", "v1", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     remote = json.loads(done.stdout)
     _, out, _ = run(str(handler.folder / "model"), *words)
     local = json.loads(out)
     assert remote["plans"] == local["plans"]
     assert remote["model"]["source"] == "lab/model"
+    assert all("--revision v1" in launch for launch in remote["verdict"]["commands"].values())
     assert not list((tmp_path / "home").rglob("*.safetensors"))
     assert all(size <= 100_000 for size in handler.sent)
     missing = subprocess.run(
@@ -194,6 +201,7 @@ def test_a_hub_model_is_planned_from_its_headers_alone(hub: tuple[str, type[Coun
         (("MODEL", "--gpus", "2", "--link", "carrier-pigeon"), 1, "nvlink, host, socket"),
         (("MODEL", "--gpus", "2", "--link", "MODEL"), 1, "not a profile"),
         (("MODEL", "--gpus", "2", "--output", "x"), 2, "--calibrate"),
+        (("MODEL", "--gpus", "2", "--revision", "main"), 2, "--revision goes with a hub model"),
         (("no/such/model", "--gpus", "2"), 1, "no/such/model: no such file or folder"),
         (("./missing", "--gpus", "2"), 1, "./missing: no such file or folder"),
     ],
@@ -294,6 +302,18 @@ def test_calibration_with_gloo_is_used_by_later_plans(tmp_path: Path) -> None:
     given = json.loads(run(*words, "--link", str(tmp_path / "xdg/ep2tp/links.json"))[1])
     assert given["plans"] == after["plans"]
     assert json.loads(run(*words, "--link", "nvlink")[1])["machine"]["link"] == "nvlink"
+
+
+def test_a_profile_stored_elsewhere_is_used_when_it_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    model, stored = tmp_path / "config.json", tmp_path / "my links.json"
+    model.write_text(json.dumps(config("Qwen3-30B-A3B")))
+    status, _, err = run("--calibrate", "--gpus", "2", "--output", str(stored))
+    assert status == 0
+    assert f"later plans use it with --link '{stored}'" in err
+    words = (str(model), "--gpus", "2", "--gpu", "L40S", "--json")
+    assert "assumed" in json.loads(run(*words)[1])["machine"]["link_source"]
+    assert json.loads(run(*words, "--link", str(stored))[1])["machine"]["link_source"].endswith(f"({stored})")
 
 
 def test_a_rank_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""Printed launches are ones that the engine takes: no command for what the planner itself says is refused."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ep2tp.errors import SettingError
+from ep2tp.planner.advise import advise
+from ep2tp.planner.launch import launches
+from ep2tp.planner.profile import find_link, write_profile
+from ep2tp.planner.report import print_report
+from tests.planner.models import assessed
+from tests.planner.test_links import profile
+
+
+def test_no_command_where_an_engine_refuses_the_number_of_experts() -> None:
+    """vLLM deals 128 experts out over 3 ranks unevenly; SGLang asserts."""
+    question, plans = assessed("GLM-4.5-Air", "bf16", 3, "H200", "host", batches=(1,))
+    found = launches(question, plans["DEP 3"])
+    assert found["vllm"].command
+    assert not found["sglang"].command
+    assert "SGLang 0.5.23 refuses experts (128 over 3)" in str(found["sglang"])
+    question, plans = assessed("GLM-4.5-Air", "bf16", 4, "H200", "host", batches=(1,))
+    assert launches(question, plans["DEP 4"])["sglang"].command
+
+
+def test_the_chosen_plan_is_among_those_that_do_not_divide() -> None:
+    question, plans = assessed("GLM-4.5-Air", "bf16", 3, "H200", "host", batches=(1,))
+    chosen = [plans["DEP 3"]]
+    console = Console(file=io.StringIO(), width=200)
+    print_report(console, question, chosen, advise(question, chosen))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "DEP 3 does not divide" in text
+    assert "# SGLang 0.5.23 refuses experts (128 over 3)" in text
+    assert "--dp-size" not in text
+
+
+def test_ep2tp_does_not_pad_a_plan_with_whole_experts_but_reshard_does() -> None:
+    question, plans = assessed("GLM-4.5/4.6/4.7", "fp8_block128", 8)
+    for launch in launches(question, plans["TEP 8"]).values():
+        assert not launch.command
+        assert "refuses shared (1536 over 8)" in launch.note
+        assert "ep2tp reshard --tp 8" in launch.note
+    for launch in launches(question, plans["TP 8"]).values():
+        assert launch.environment["EP2TP"] == "on"
+        assert launch.command
+
+
+def test_a_profile_gives_the_variables_that_it_was_measured_with(tmp_path: Path) -> None:
+    question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 4)
+    path = tmp_path / "machine.json"
+    write_profile(path, profile(environment={"NCCL_P2P_DISABLE": "1", "NCCL_IB_HCA": "=mlx5_0; x"}))
+    measured = replace(question, link=find_link(str(path)))
+    for launch in launches(measured, plans["TP 4"]).values():
+        assert "NCCL_P2P_DISABLE=1 NCCL_IB_HCA='=mlx5_0; x'" in str(launch)
+        assert "--disable-custom-all-reduce" in launch.command
+    assert any("variables of the measured profile" in reason for reason in advise(measured, [plans["TP 4"]]).reasons)
+
+
+def test_the_name_of_a_profile_says_nothing(tmp_path: Path) -> None:
+    question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 4)
+    path = tmp_path / "socket.json"
+    write_profile(path, profile(environment={}))
+    for launch in launches(replace(question, link=find_link(str(path))), plans["TP 4"]).values():
+        assert "NCCL" not in str(launch)
+        assert "--disable-custom-all-reduce" not in launch.command
+
+
+@pytest.mark.parametrize("environment", [{"PATH": "/tmp"}, {"NCCL_X;rm": "1"}, {"NCCL_X": 1}, ["NCCL_X"]])
+def test_a_profile_with_other_variables_is_refused(tmp_path: Path, environment: object) -> None:
+    path = tmp_path / "machine.json"
+    write_profile(path, profile(environment=environment))
+    with pytest.raises(SettingError, match=r"machine\.json"):
+        find_link(str(path))
+
+
+@pytest.mark.parametrize(("context", "launched"), [(131072, 131072), (262144, 131072)])
+def test_a_launch_has_no_longer_context_than_the_model(context: int, launched: int) -> None:
+    question, plans = assessed("GLM-4.5-Air", "bf16", 4, "H200", context=context)
+    facts = replace(question.facts, config={**question.facts.config, "max_position_embeddings": 131072})
+    found = advise(replace(question, facts=facts), list(plans.values()))
+    for launch in found.commands.values():
+        flag = "--max-model-len" if "--max-model-len" in launch.command else "--context-length"
+        assert launch.command[launch.command.index(flag) + 1] == str(launched)
+    said = [reason for reason in found.reasons if "max_position_embeddings" in reason]
+    assert len(said) == (context > launched)
+
+
+def test_a_revision_is_part_of_the_launch() -> None:
+    question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 4)
+    for launch in launches(replace(question, revision="v1"), plans["TP 4"]).values():
+        assert launch.command[launch.command.index("--revision") + 1] == "v1"
+    for launch in launches(question, plans["TP 4"]).values():
+        assert "--revision" not in launch.command
