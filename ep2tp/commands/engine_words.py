@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import PurePath
 
 from ep2tp.engines.sglang.arguments import RULES as SGLANG
@@ -26,7 +27,7 @@ def split_at_engine(words: Sequence[str]) -> tuple[LaunchRules, int]:
     Raises:
         LaunchError: the command starts neither vLLM nor SGLang.
     """
-    for position, (word, after) in enumerate(zip(words, words[1:], strict=False)):
+    for position, (word, after) in enumerate(pairwise(words)):
         name = PurePath(word).name
         if after in _COMMANDS.get(name, ()):
             return _RULES[name], position + 1
