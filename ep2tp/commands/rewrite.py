@@ -108,7 +108,7 @@ def _uses(words: Sequence[str], rules: LaunchRules, first: int) -> list[_Use]:
         if setting is None and flag.startswith("--no-") and "--" + flag[5:] in by_flag:
             uses.append(_Use(by_flag["--" + flag[5:]], False, start, start + 1))
         elif setting is not None and (has_value or not setting.takes_value):
-            uses.append(_Use(setting, value or True, start, start + 1))
+            uses.append(_Use(setting, value if setting.takes_value else value or True, start, start + 1))
         elif setting is not None:
             if start + 1 == len(words):
                 raise LaunchError(f"{word}: the command ends where its value should be")

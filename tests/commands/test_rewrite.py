@@ -80,6 +80,24 @@ def test_a_flag_without_its_value_is_refused() -> None:
         rewrite_command(shlex.split("vllm serve M -ep --data-parallel-size"))
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("-tp 0", "--tensor-parallel-size 0: expected a number from 1 up"),
+        ("-tp=", "--tensor-parallel-size : expected a number from 1 up"),
+        ("-dp 0", "--data-parallel-size 0: expected a number from 1 up"),
+        ("-dp -8", "--data-parallel-size -8: expected a number from 1 up"),
+        ("-dp two", "--data-parallel-size two: expected a number from 1 up"),
+        ("-dp 2 -dpl x", "--data-parallel-size-local x: expected a number from 0 up"),
+        ("-dp 2 -dpl -1", "--data-parallel-size-local -1: expected a number from 0 up"),
+        ("-dp 2 -dpl 1 -n 0", "--nnodes 0: expected a number from 1 up"),
+    ],
+)
+def test_a_size_that_is_none_is_refused(words: str, message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        rewrite_command(shlex.split(f"vllm serve M -ep {words}"))
+
+
 @pytest.mark.parametrize("words", ["--config recipe.yaml", "--config=recipe.yaml"])
 def test_settings_in_a_file_are_refused(words: str) -> None:
     with pytest.raises(LaunchError, match="--config: settings in a file"):
