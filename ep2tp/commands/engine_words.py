@@ -15,7 +15,8 @@ from ep2tp.rewrite.parallel_plan import LaunchRules
 _RULES = {"vllm": VLLM, "sglang": SGLANG}
 # A name alone may be a container's or an environment's; with one of these after it, it is the executable.
 _COMMANDS = {"vllm": ("serve", "bench", "run-batch", "launch"), "sglang": ("serve",)}
-_VLLM_IMAGE = re.compile(r"(?:.*/)?vllm-openai[^/]*")  # its entry point is the server
+# vllm/vllm-openai:TAG, of any registry: its entry point is the server. Neither a container's name nor a path.
+_VLLM_IMAGE = re.compile(r"(?:[\w.-]+(?::\d+)?/)+vllm-openai[\w.-]*(?:[:@][\w.:-]+)?")
 
 
 def split_at_engine(words: Sequence[str]) -> tuple[LaunchRules, int]:

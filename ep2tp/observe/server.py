@@ -54,7 +54,8 @@ def read_server(url: str) -> Iterator[Evidence]:
 def _check(url: str) -> None:
     try:
         parts = urllib.parse.urlsplit(url)
-        why = "" if parts.hostname and parts.port != 0 else "no host, or port 0"
+        is_url = parts.hostname and parts.port != 0 and url.isprintable() and " " not in url
+        why = "" if is_url else "no host, port 0, or a space"
     except ValueError as error:
         why = str(error)
     if why:

@@ -53,7 +53,12 @@ def test_commands(command: str, expected: str) -> None:
         ("docker run -dp 8000:8000 IMAGE", "vllm serve M -dp 4 -ep", "M --tensor-parallel-size 4"),
         ("docker --config DIR run -m 64g IMAGE", "/opt/venv/bin/vllm serve M -ep", "M"),
         ("nice -n 10", "vllm serve M -tp 8 -ep", "M -tp 8"),
-        ("docker run -dp 80:80 vllm/vllm-openai:v0.33.0", "--model M -dp 4 -ep", "--model M --tensor-parallel-size 4"),
+        (
+            "docker run -dp 80:80 --name vllm-openai vllm/vllm-openai:v0.33.0",
+            "--model M -dp 4 -ep",
+            "--model M --tensor-parallel-size 4",
+        ),
+        ("docker run -v x:/a/vllm-openai -dp 80:80 r.io:5000/vllm/vllm-openai-rocm", "--model M -ep", "--model M"),
         ("docker run --entrypoint vllm vllm/vllm-openai", "serve M -dp 4 -ep", "M --tensor-parallel-size 4"),
     ],
 )

@@ -63,6 +63,7 @@ def test_what_cannot_be_told_fails_the_gate_unless_all_that_fits_is_accepted(tmp
         (["http://127.0.0.1:notaport"], 1, "http://127.0.0.1:notaport: not a server's URL (Port could not be cast"),
         (["http://[::1"], 1, "http://[::1: not a server's URL (Invalid IPv6 URL)"),
         (["http://"], 1, "http://: not a server's URL"),
+        (["http://127.0.0.1:80/a b"], 1, "http://127.0.0.1:80/a b: not a server's URL"),
         (["http://127.0.0.1:99999"], 1, "not a server's URL (Port out of range"),
     ],
 )
