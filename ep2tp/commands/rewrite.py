@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
+from ep2tp.commands.engine_words import split_at_engine
 from ep2tp.engines.sglang.arguments import RULES as SGLANG
 from ep2tp.engines.sglang.arguments import without_harmless_prefill_cp
-from ep2tp.engines.vllm.arguments import RULES as VLLM
 from ep2tp.errors import LaunchError
 from ep2tp.rewrite.parallel_plan import Change, LaunchRules, Limits, Setting, to_tensor_parallel
 
@@ -46,39 +45,23 @@ class _Use:
     stop: int
 
 
-def rules_of(words: Sequence[str]) -> LaunchRules:
-    """The rules of the engine that a command starts.
-
-    Raises:
-        LaunchError: no word of the command names vLLM or SGLang.
-    """
-    for word in words:
-        name = PurePath(word).name.split(".")[0]
-        if name in ("vllm", "sglang"):
-            return {"vllm": VLLM, "sglang": SGLANG}[name]
-    raise LaunchError(
-        f"{' '.join(words) or '(empty command)'}: starts neither vLLM nor SGLang; expected 'vllm serve MODEL ...', "
-        "'python -m sglang.launch_server ...' or 'sglang serve ...'"
-    )
-
-
 def rewrite_command(
     words: Sequence[str], limits: Limits | None = None, config: Mapping[str, Any] | None = None
 ) -> RewrittenCommand:
     """Rewrite a command line.
 
     Args:
-        words: the command, split as a shell splits it; words before the engine (``env``, variables) are kept.
+        words: the command, split as a shell splits it; words before the engine (``env``, ``docker run``) are kept.
         limits: what of the model has to divide, where known.
         config: the model's config.json, where known.
 
     Raises:
         LaunchError: it starts neither engine, takes settings from a file, or cannot become tensor parallel.
     """
-    rules = rules_of(words)
-    if "--config" in words:
+    rules, first = split_at_engine(words)
+    if any(word.partition("=")[0] == "--config" for word in words[first:]):
         raise LaunchError("--config: settings in a file are not read here; put them on the command line")
-    uses = _uses(words, rules)
+    uses = _uses(words, rules, first)
     values: Mapping[str, Any] = {use.setting.field: use.value for use in uses}
     if rules is SGLANG:
         values = without_harmless_prefill_cp(values, config)
@@ -99,19 +82,25 @@ def rewrite_command(
 
 
 def model_of(words: Sequence[str]) -> str | None:
-    """The model that a command serves, as it names it."""
-    for position, word in enumerate(words):
+    """The model that a command serves, as it names it.
+
+    Raises:
+        LaunchError: it starts neither engine.
+    """
+    _, first = split_at_engine(words)
+    arguments = list(words[first:])
+    for position, word in enumerate(arguments):
         flag, _, value = word.partition("=")
         if flag.replace("_", "-") in _MODEL_FLAGS:
-            return value or next(iter(words[position + 1 :]), None)
-    after_serve = words[list(words).index("serve") + 1 :] if "serve" in words else []
+            return value or next(iter(arguments[position + 1 :]), None)
+    after_serve = arguments[arguments.index("serve") + 1 :] if "serve" in arguments else []
     return next((word for word in after_serve[:1] if not word.startswith("-")), None)
 
 
-def _uses(words: Sequence[str], rules: LaunchRules) -> list[_Use]:
+def _uses(words: Sequence[str], rules: LaunchRules, first: int) -> list[_Use]:
     by_flag = {flag: setting for setting in rules.settings for flag in setting.flags}
     uses = []
-    for start, word in enumerate(words):
+    for start, word in enumerate(words[first:], first):
         flag, has_value, value = word.partition("=")
         flag = flag.replace("_", "-") if flag.startswith("--") else flag
         # vLLM takes keys of a JSON setting as --eplb-config.num_redundant_experts 32, and --no-X for switches.
@@ -119,7 +108,7 @@ def _uses(words: Sequence[str], rules: LaunchRules) -> list[_Use]:
         if setting is None and flag.startswith("--no-") and "--" + flag[5:] in by_flag:
             uses.append(_Use(by_flag["--" + flag[5:]], False, start, start + 1))
         elif setting is not None and (has_value or not setting.takes_value):
-            uses.append(_Use(setting, value or True, start, start + 1))
+            uses.append(_Use(setting, value if setting.takes_value else value or True, start, start + 1))
         elif setting is not None:
             if start + 1 == len(words):
                 raise LaunchError(f"{word}: the command ends where its value should be")

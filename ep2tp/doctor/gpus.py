@@ -18,9 +18,13 @@ def check_gpus(machine: Machine, root: Path) -> Iterator[Finding]:
     if machine.problem:
         yield _no_driver(machine.problem, root)
         return
-    if not machine.gpus:
+    if machine.hidden:
+        why = f"an engine sees {len(machine.gpus)} GPUs, which may be fewer than were meant"
+        yield Finding(CHECK, Level.DEGRADED, machine.hidden, why, "name each by a number or UUID of nvidia-smi -L")
+    elif not machine.gpus:
         why = "engines run on the CPU only"
         yield Finding(CHECK, Level.DEGRADED, "the driver shows no GPU", why, "see CUDA_VISIBLE_DEVICES")
+    if not machine.gpus:
         return
     kinds = Counter(f"{gpu.name} ({gpu.capability or '?'}, {_gib(gpu.memory)})" for gpu in machine.gpus)
     shown = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any, TypeVar
 
-from ep2tp.planner.topology import visible_handles
+from ep2tp.planner.topology import visible_gpus
 
 T = TypeVar("T")
 
@@ -81,6 +81,7 @@ class Machine:
         problem: why NVML does not answer; empty where it does.
         driver: the driver's version.
         cuda: the CUDA version that the driver brings, ``13.0``.
+        hidden: what is wrong with ``CUDA_VISIBLE_DEVICES``; empty where nothing is.
     """
 
     problem: str = ""
@@ -88,6 +89,7 @@ class Machine:
     cuda: str | None = None
     gpus: tuple[Gpu, ...] = ()
     pairs: tuple[Pair, ...] = ()
+    hidden: str = ""
 
     @property
     def is_all_nvlink(self) -> bool:
@@ -115,13 +117,15 @@ def read_machine() -> Machine:
     except pynvml.NVMLError as error:
         return Machine(problem=str(error))
     try:
-        handles = visible_handles(pynvml)
+        visible = visible_gpus(pynvml)
+        handles = visible.handles
         version = _ask(pynvml, pynvml.nvmlSystemGetCudaDriverVersion)
         return Machine(
             driver=_text(_ask(pynvml, pynvml.nvmlSystemGetDriverVersion)),
             cuda=None if version is None else f"{version // 1000}.{version % 1000 // 10}",
             gpus=tuple(_gpu(pynvml, handle) for handle in handles),
             pairs=tuple(_pair(pynvml, a, b, handles) for a, b in combinations(range(len(handles)), 2)),
+            hidden=visible.problem,
         )
     except pynvml.NVMLError as error:
         return Machine(problem=str(error))

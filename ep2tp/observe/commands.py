@@ -49,6 +49,8 @@ def detect_command(sources: tuple[str, ...], as_json: bool, expect: frozenset[st
     from ep2tp.observe.source import read_source
     from ep2tp.observe.verdict import judge
 
+    if sources.count("-") > 1:
+        raise click.UsageError("-: standard input can be read only once; name it once")
     several = len(sources) > 1
     read = (with_source(read_source(source), source) if several else read_source(source) for source in sources)
     verdict = judge(piece for pieces in read for piece in pieces)

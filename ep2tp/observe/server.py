@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import re
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from typing import Any
 
 from ep2tp.errors import SourceError
@@ -31,8 +33,9 @@ def read_server(url: str) -> Iterator[Evidence]:
         url: its base, such as ``http://127.0.0.1:8000``.
 
     Raises:
-        SourceError: nothing answers there.
+        SourceError: it is no URL, or nothing that speaks HTTP answers there.
     """
+    _check(url)
     base = url.rstrip("/").removesuffix("/v1")
     info = _ask(base, "/server_info?config_format=json") or _ask(base, "/get_server_info")
     if info and isinstance(info.get("vllm_config"), dict):
@@ -46,6 +49,17 @@ def read_server(url: str) -> Iterator[Evidence]:
             f"{url}: answers neither /server_info nor /v1/models; name the base URL of a vLLM or SGLang server"
         )
     yield from _fingerprint(base, models)
+
+
+def _check(url: str) -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_url = parts.hostname and parts.port != 0 and url.isprintable() and " " not in url
+        why = "" if is_url else "no host, port 0, or a space"
+    except ValueError as error:
+        why = str(error)
+    if why:
+        raise SourceError(f"{url}: not a server's URL ({why}); name its base, such as http://127.0.0.1:8000")
 
 
 def _vllm_config(config: dict[str, Any]) -> Iterator[Evidence]:
@@ -94,6 +108,10 @@ def _ask(base: str, path: str, body: dict[str, Any] | None = None) -> dict[str, 
         return None
     except (OSError, urllib.error.URLError) as error:
         raise SourceError(f"{base}: no server answers ({getattr(error, 'reason', error)})") from None
+    except HTTPException as error:
+        raise SourceError(
+            f"{base}: what answers there does not speak HTTP ({type(error).__name__}: {error}); name the server's port"
+        ) from None
     except ValueError:
         return None
     return found if isinstance(found, dict) else None

@@ -13,7 +13,7 @@ from ep2tp.checkpoint.source import LocalSource, Source
 from ep2tp.errors import CheckpointError, Ep2tpError, ModelError
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import load_families
-from ep2tp.model.locate import facts_of
+from ep2tp.model.locate import MODELOPT, facts_of, with_modelopt
 from ep2tp.planner.inventory import Inventory, inventory_from_config, inventory_from_tensors
 from ep2tp.settings import Settings
 
@@ -108,13 +108,7 @@ def _described(source: Source) -> dict[str, Any]:
     text = source.read_text("config.json")
     if text is None:
         raise ModelError(f"{source.label}: has no config.json; name a folder or hub model with one")
-    config = _config(label / "config.json", text)
-    quantization = source.read_text("hf_quant_config.json")
-    if "quantization_config" in config or quantization is None:
-        return config
-    return config | {
-        "quantization_config": {"quant_method": "modelopt"} | parse_json(label / "hf_quant_config.json", quantization)
-    }
+    return with_modelopt(_config(label / "config.json", text), label / MODELOPT, source.read_text(MODELOPT))
 
 
 def _read(path: Path) -> bytes:

@@ -164,17 +164,22 @@ def to_tensor_parallel(rules: LaunchRules, values: Values, limits: Limits | None
     return changes
 
 
-def size_of(setting: Setting, values: Values) -> int:
+def size_of(setting: Setting, values: Values, least: int = 1) -> int:
     """A size of a launch; 1 where it is not given.
 
     Raises:
-        LaunchError: it is not a number.
+        LaunchError: it is not a number from ``least`` up.
     """
-    value = values.get(setting.field) or 1
+    value = values.get(setting.field)
+    if value is None:
+        return 1
     try:
-        return int(value)
+        size = int(value)
     except ValueError:
-        raise LaunchError(f"{setting.flags[0]} {value}: expected a number") from None
+        size = least - 1
+    if size < least:
+        raise LaunchError(f"{setting.flags[0]} {value}: expected a number from {least} up")
+    return size
 
 
 def _fold(rules: LaunchRules, values: Values, limits: Limits | None) -> list[Change]:
@@ -216,10 +221,12 @@ def _refuse_separate_nodes(rules: LaunchRules, values: Values) -> None:
     """Refuse a launch of which this node starts only some of the data-parallel ranks, and another node the rest."""
     if rules.ranks_per_node is None or rules.nodes is None or rules.data_parallel is None:
         return
-    here, all_ranks = values.get(rules.ranks_per_node.field), size_of(rules.data_parallel, values)
-    if here is None or int(here) >= all_ranks or size_of(rules.nodes, values) > 1 or rules.moves_apply(values):
+    if values.get(rules.ranks_per_node.field) is None:
         return
-    nodes = all_ranks // int(here) if int(here) else "N"
+    here, all_ranks = size_of(rules.ranks_per_node, values, least=0), size_of(rules.data_parallel, values)
+    if here >= all_ranks or size_of(rules.nodes, values) > 1 or rules.moves_apply(values):
+        return
+    nodes = all_ranks // here if here else "N"
     raise LaunchError(
         f"{rules.ranks_per_node.flags[0]} {here} of {all_ranks}: other nodes start the other data-parallel ranks. "
         f"Tensor parallelism over nodes is one launch that each node joins: {rules.tensor_parallel.flags[0]} "

@@ -45,9 +45,39 @@ def test_commands(command: str, expected: str) -> None:
     assert shlex.join(rewrite_command(shlex.split(command)).words) == expected
 
 
-def test_a_command_of_another_program_is_refused() -> None:
-    with pytest.raises(LaunchError, match="trtllm-serve M: starts neither vLLM nor SGLang"):
-        rewrite_command(["trtllm-serve", "M"])
+@pytest.mark.parametrize(
+    ("before", "engine", "after"),
+    [
+        ("docker run --name vllm lmsysorg/sglang:v0.5.23 python3", "-m sglang.launch_server --tp 8 --ep 8", "--tp 8"),
+        ("conda run -n sglang", "vllm serve M -ep -tp 2", "M -tp 2"),
+        ("docker run -dp 8000:8000 IMAGE", "vllm serve M -dp 4 -ep", "M --tensor-parallel-size 4"),
+        ("docker --config DIR run -m 64g IMAGE", "/opt/venv/bin/vllm serve M -ep", "M"),
+        ("nice -n 10", "vllm serve M -tp 8 -ep", "M -tp 8"),
+        (
+            "docker run -dp 80:80 --name vllm-openai vllm/vllm-openai:v0.33.0",
+            "--model M -dp 4 -ep",
+            "--model M --tensor-parallel-size 4",
+        ),
+        ("docker run -v x:/a/vllm-openai -dp 80:80 r.io:5000/vllm/vllm-openai-rocm", "--model M -ep", "--model M"),
+        ("docker run --entrypoint vllm vllm/vllm-openai", "serve M -dp 4 -ep", "M --tensor-parallel-size 4"),
+    ],
+)
+def test_words_before_the_engine_are_another_programs(before: str, engine: str, after: str) -> None:
+    words = shlex.join(rewrite_command(shlex.split(f"{before} {engine}")).words)
+    assert words.startswith(f"{before} ")
+    assert words.endswith(f" {after}")
+
+
+@pytest.mark.parametrize("before", ["srun -n 2", "nice -n 10", ""])
+def test_a_number_before_the_engine_is_no_number_of_nodes(before: str) -> None:
+    with pytest.raises(LaunchError, match="--data-parallel-size-local 8 of 16: other nodes"):
+        rewrite_command(shlex.split(f"{before} vllm serve M -dp 16 -dpl 8 -ep"))
+
+
+@pytest.mark.parametrize("command", ["trtllm-serve M", "docker run --name vllm IMAGE serve M -ep"])
+def test_a_command_of_another_program_is_refused(command: str) -> None:
+    with pytest.raises(LaunchError, match=f"{command}: starts neither vLLM nor SGLang"):
+        rewrite_command(shlex.split(command))
 
 
 def test_a_flag_without_its_value_is_refused() -> None:
@@ -55,9 +85,28 @@ def test_a_flag_without_its_value_is_refused() -> None:
         rewrite_command(shlex.split("vllm serve M -ep --data-parallel-size"))
 
 
-def test_settings_in_a_file_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("-tp 0", "--tensor-parallel-size 0: expected a number from 1 up"),
+        ("-tp=", "--tensor-parallel-size : expected a number from 1 up"),
+        ("-dp 0", "--data-parallel-size 0: expected a number from 1 up"),
+        ("-dp -8", "--data-parallel-size -8: expected a number from 1 up"),
+        ("-dp two", "--data-parallel-size two: expected a number from 1 up"),
+        ("-dp 2 -dpl x", "--data-parallel-size-local x: expected a number from 0 up"),
+        ("-dp 2 -dpl -1", "--data-parallel-size-local -1: expected a number from 0 up"),
+        ("-dp 2 -dpl 1 -n 0", "--nnodes 0: expected a number from 1 up"),
+    ],
+)
+def test_a_size_that_is_none_is_refused(words: str, message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        rewrite_command(shlex.split(f"vllm serve M -ep {words}"))
+
+
+@pytest.mark.parametrize("words", ["--config recipe.yaml", "--config=recipe.yaml"])
+def test_settings_in_a_file_are_refused(words: str) -> None:
     with pytest.raises(LaunchError, match="--config: settings in a file"):
-        rewrite_command(shlex.split("vllm serve M --config recipe.yaml"))
+        rewrite_command(shlex.split(f"vllm serve M -dp 2 -ep {words}"))
 
 
 def test_heads_are_checked_where_the_model_is_known() -> None:
@@ -72,6 +121,7 @@ def test_heads_are_checked_where_the_model_is_known() -> None:
         ("python -m sglang.launch_server --model-path=org/M", "org/M"),
         ("python -m vllm.entrypoints.openai.api_server --model org/M", "org/M"),
         ("vllm serve --port 1", None),
+        ("docker run --name serve --model x IMAGE vllm serve org/M", "org/M"),
     ],
 )
 def test_the_model_of_a_command(command: str, model: str | None) -> None:

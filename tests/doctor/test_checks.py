@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,6 +64,13 @@ class TestGpus:
         assert levels(check_gpus(no_driver, tmp_path)) == [Level.DEGRADED]
         (device / "class").write_text("0x030200\n")
         assert levels(check_gpus(no_driver, tmp_path)) == [Level.BLOCKED]
+
+    def test_a_variable_that_names_no_gpu_is_not_the_drivers_fault(self, tmp_path: Path) -> None:
+        hidden = "CUDA_VISIBLE_DEVICES=7: '7' does not name one of this machine's 2 GPUs"
+        [finding] = check_gpus(Machine("", "580", "13.0", hidden=hidden), tmp_path)
+        assert (finding.level, finding.what) == (Level.DEGRADED, hidden)
+        found = list(check_gpus(replace(machine(2), hidden=hidden), tmp_path))
+        assert levels(found) == [Level.DEGRADED, Level.OK]
 
 
 class TestLinks:
@@ -338,3 +346,9 @@ def test_nvml_is_asked_for_what_this_process_may_use(monkeypatch: pytest.MonkeyP
     reported = {"read": "ok", "write": "ok", "nvlink": "not supported", "atomics": "chipset not supported"}
     assert pair.reported == reported
     assert Machine.from_json(found.as_json()) == found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert read_machine() == Machine("", "580.95.05", "13.1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    found = read_machine()
+    assert [gpu.uuid for gpu in found.gpus] == ["GPU-2"]
+    assert found.hidden.startswith("CUDA_VISIBLE_DEVICES=2,3: '3' does not name one")

@@ -59,6 +59,12 @@ def test_what_cannot_be_told_fails_the_gate_unless_all_that_fits_is_accepted(tmp
         (["/"], 1, "cannot be read"),
         (["--expect", "ep", TP], 2, "ep: use tp, tep, dep, mixed"),
         ([], 2, "Missing argument"),
+        (["-", TP, "-"], 2, "-: standard input can be read only once"),
+        (["http://127.0.0.1:notaport"], 1, "http://127.0.0.1:notaport: not a server's URL (Port could not be cast"),
+        (["http://[::1"], 1, "http://[::1: not a server's URL (Invalid IPv6 URL)"),
+        (["http://"], 1, "http://: not a server's URL"),
+        (["http://127.0.0.1:80/a b"], 1, "http://127.0.0.1:80/a b: not a server's URL"),
+        (["http://127.0.0.1:99999"], 1, "not a server's URL (Port out of range"),
     ],
 )
 def test_errors(words: list[str], status: int, message: str) -> None:

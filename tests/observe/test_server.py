@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,3 +99,28 @@ def test_servers_that_tell_nothing() -> None:
         gone = url
     with pytest.raises(SourceError, match="no server answers"):
         list(read_source(gone))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "what answers there does not speak HTTP .BadStatusLine: SSH-2.0"),
+        (b"", "no server answers .Remote end closed"),
+    ],
+)
+def test_a_port_that_does_not_speak_http(answer: bytes, message: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            with server.accept()[0] as connection:
+                connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(4096):  # a socket closed on unread bytes would reset the connection
+                    pass
+
+        threading.Thread(target=greet, daemon=True).start()
+        port = server.getsockname()[1]
+        with pytest.raises(
+            SourceError, match=f"127.0.0.1:{port}: (what answers there does not speak|no server answers)"
+        ):
+            list(read_source(f"http://127.0.0.1:{port}"))

@@ -9,7 +9,7 @@ import pytest
 
 from ep2tp.engines.decision import decide
 from ep2tp.engines.vllm.arguments import RULES
-from ep2tp.planner.topology import links_of_job
+from ep2tp.planner.topology import links_of_job, visible_gpus
 from ep2tp.settings import Mode
 
 EP_FLAG = RULES.triggers[0]
@@ -21,6 +21,18 @@ class NVMLError(Exception):
 
 def use_nvml(monkeypatch: pytest.MonkeyPatch, gpus: int, joined: set[frozenset[int]]) -> None:
     """GPUs 0..gpus-1, of which the pairs in ``joined`` have NVLink; handles are the GPUs' numbers."""
+
+    def by_index(index: int) -> int:
+        if not 0 <= index < gpus:
+            raise NVMLError("Invalid Argument")
+        return index
+
+    def by_uuid(uuid: bytes) -> int:
+        for gpu in range(gpus):
+            if uuid.decode() == f"GPU-{gpu}{gpu}":
+                return gpu
+        raise NVMLError("Not Found")
+
     nvml = SimpleNamespace(
         NVMLError=NVMLError,
         NVML_P2P_CAPS_INDEX_NVLINK=2,
@@ -28,8 +40,9 @@ def use_nvml(monkeypatch: pytest.MonkeyPatch, gpus: int, joined: set[frozenset[i
         nvmlInit=lambda: None,
         nvmlShutdown=lambda: None,
         nvmlDeviceGetCount=lambda: gpus,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetHandleByUUID=lambda uuid: int(uuid.decode().removeprefix("GPU-")),
+        nvmlDeviceGetHandleByIndex=by_index,
+        nvmlDeviceGetHandleByUUID=by_uuid,
+        nvmlDeviceGetUUID=lambda handle: f"GPU-{handle}{handle}",
         nvmlDeviceGetP2PStatus=lambda a, b, caps: 0 if frozenset((a, b)) in joined else 6,
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
@@ -49,7 +62,8 @@ ALL_OF_4 = {frozenset((a, b)) for a in range(4) for b in range(a)}
         (PAIRS_01_23, None, 4, False),
         (PAIRS_01_23, "1,2", 2, False),
         (PAIRS_01_23, "3,2", 2, True),
-        (PAIRS_01_23, "GPU-2,GPU-3", 2, True),
+        (PAIRS_01_23, "GPU-22,GPU-33", 2, True),
+        (PAIRS_01_23, "3, 2,9", 2, True),
         (ALL_OF_4, None, 8, False),  # spans nodes
         (set(), None, 2, False),
     ],
@@ -61,6 +75,34 @@ def test_every_pair_of_the_jobs_gpus_counts(
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert links_of_job(gpus).all_nvlink is expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "handles", "bad"),
+    [
+        ("", [], None),
+        ("-1", [], None),
+        ("2,-1,0", [2], None),
+        ("1, 0", [1, 0], None),
+        ("3,4,0", [3], "4"),
+        ("-2,0", [], "-2"),
+        ("0,,1", [0], ""),
+        ("GPU-3,GPU-11", [3, 1], None),  # the first is cut short
+        ("0,GPU-,1", [0], "GPU-"),  # four GPUs begin so
+        ("1,GPU-9", [1], "GPU-9"),
+        ("none", [], "none"),
+    ],
+)
+def test_the_gpus_before_the_first_entry_that_names_none(
+    visible: str, handles: list[int], bad: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_nvml(monkeypatch, 4, ALL_OF_4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = visible_gpus(sys.modules["pynvml"])
+    assert found.handles == handles
+    says = f"CUDA_VISIBLE_DEVICES={visible}: {bad!r} does not name one of this machine's 4 GPUs"
+    assert found.problem.startswith(says) if bad is not None else not found.problem
+    assert found.problem in links_of_job(4).why
 
 
 @pytest.mark.parametrize(
