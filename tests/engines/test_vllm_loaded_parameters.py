@@ -498,7 +498,7 @@ def check_mlp(stored: Stored, naming: Naming, class_name: str, size: int, plan: 
 @pytest.mark.parametrize(("size", "ranks"), LINEAR_SHAPES)
 @pytest.mark.parametrize("stored", LINEAR_FORMATS, ids=lambda stored: stored.name)
 def test_dense_mlps_hold_the_original(stored: Stored, size: int, ranks: int) -> None:
-    facts = facts_of(stored, DEEPSEEK_V3, moe_intermediate_size=128, intermediate_size=size)
+    facts = facts_of(stored, DEEPSEEK_V3, moe_intermediate_size=6144, intermediate_size=size)  # experts divide
     check_mlp(stored, DEEPSEEK_V3, "dense", size, plan_shards(facts, ranks))
 
 
