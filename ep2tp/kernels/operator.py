@@ -81,7 +81,9 @@ def _encoded(config: KernelConfig | None) -> list[int]:
     if config is None:
         return []
     tiles = [n for tile in (config.gate_up, config.down) for n in astuple(tile)]
-    return [*tiles, config.by_pair, config.by_token, config.pairs, config.overlap, config.fp8_bits]
+    # No bools: torch.compile makes numbers that change from call to call symbolic, and an operator takes no mixture.
+    choices = (config.by_pair, config.by_token, config.pairs, config.overlap, config.fp8_bits)
+    return [*tiles, *map(int, choices)]
 
 
 def _decoded(numbers: Sequence[int]) -> KernelConfig | None:

@@ -198,7 +198,9 @@ def test_torch_compile_sees_one_operator(config: KernelConfig | None) -> None:
     seen: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
-        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        # What differs in a second config of a process is a symbolic number, which Python's operators read.
+        seen.extend(str(call) for call in calls if getattr(call, "__module__", "") != "_operator")
         return graph
 
     @torch.compile(backend=backend, fullgraph=True)
