@@ -32,6 +32,9 @@ class PassConfig:
             rows then, and all of them end at about the same time. Where a slice would have several scales a row there
             are more, and in formats of two values a byte one.
         registers: of 32 bits that a thread may have, so that more programs are at work at a time; 0: no limit.
+        input_bits: 8: inputs of FP8 weights are quantised to FP8 on the way, by expert, and no weight is converted. A
+            group of a pair's inputs that has one scale is a tile's columns, as many as have one weight scale at the
+            most; where these are fewer than 32, in other formats and with ``fp8_bits``, inputs stay as they are (16).
     """
 
     rows: int
@@ -41,6 +44,7 @@ class PassConfig:
     tiles: int = 1
     slices: int = 1
     registers: int = 0
+    input_bits: int = 16
 
 
 @dataclass(frozen=True)

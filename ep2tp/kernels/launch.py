@@ -59,7 +59,7 @@ def run_gate_up(layer: Layer, config: KernelConfig, x: Tensor, topk_weights: Ten
         unit = unit_of(weights.format, hidden)
         gate_up_by_pair[(pairs, tiles)](*operands, **shared, UNIT=unit, COLUMNS=_columns(tile, unit, hidden))
     else:
-        by_expert = {**_by_expert(layer, config, pairs), **_products(tile, weights.format, hidden)}
+        by_expert = {**_by_expert(layer, config, pairs), **_products(config, tile, weights.format, hidden)}
         gate_up_by_expert[(min(pairs, layer.experts), tiles)](*operands, pairs, **shared, **by_expert)
     return inner
 
@@ -84,7 +84,7 @@ def run_down(
         down_by_token[(tokens, tiles)](*operands, out, **shared, TOP_K=top_k, UNIT=unit, COLUMNS=columns)
         return
     parts = torch.empty((pairs, hidden), dtype=torch.float32, device=out.device)
-    by_expert = {**_by_expert(layer, config, pairs), **_products(tile, weights.format, layer.inner)}
+    by_expert = {**_by_expert(layer, config, pairs), **_products(config, tile, weights.format, layer.inner)}
     down_by_expert[(min(pairs, layer.experts), triton.cdiv(tiles, tile.tiles))](
         *operands, parts, pairs, **shared, **by_expert, STAGES=tile.stages, TILES=tile.tiles
     )
@@ -106,15 +106,24 @@ def _columns(tile: PassConfig, unit: int, columns: int) -> int:
     return int(max(unit, min(tile.columns, triton.next_power_of_2(columns))))
 
 
-def _products(tile: PassConfig, weight_format: WeightFormat, columns: int) -> dict[str, int]:
-    """Columns of a tile on tensor cores, in whole groups of the 4-bit formats, and slices that each have one scale."""
-    if weight_format.values_per_byte == 2:
-        least = max(32, weight_format.block[1])
-        return {"COLUMNS": int(max(least, min(tile.columns, triton.next_power_of_2(columns)))), "SLICES": 1}
-    size = int(max(UNIT, min(tile.columns, triton.next_power_of_2(columns))))
+def _products(config: KernelConfig, tile: PassConfig, weight_format: WeightFormat, columns: int) -> dict[str, int]:
+    """Columns of a tile on tensor cores, in whole groups of the 4-bit formats; slices that each have one scale; inputs.
+
+    With inputs of 8 bits, all of a tile's columns have one scale, and 32 of them are the least that is multiplied.
+    """
+    is_packed = weight_format.values_per_byte == 2
     block = weight_format.block[1] if weight_format.kind != "bf16" else 0
-    slices = max(tile.slices, size // block) if tile.slices > 1 and block else tile.slices
-    return {"COLUMNS": size, "SLICES": min(slices, size // UNIT)}
+    size = int(max(32, block) if is_packed else UNIT)
+    size = max(size, min(tile.columns, triton.next_power_of_2(columns)))
+    one_scale = min(size, block or size)
+    slices, input_bits = tile.slices, 16
+    if weight_format.kind == "fp8" and tile.input_bits == 8 and one_scale >= 32 and not config.fp8_bits:
+        size, slices, input_bits = one_scale, 1, 8
+    elif is_packed:
+        slices = 1
+    elif slices > 1 and block:
+        slices = max(slices, size // block)
+    return {"COLUMNS": size, "SLICES": min(slices, size // UNIT), "INPUT_BITS": input_bits}
 
 
 def _by_expert(layer: Layer, config: KernelConfig, pairs: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from tests.benchmarks.kernel_timing import Shape
 BY_PAIR_UP_TO = 32
 BY_TOKEN_UP_TO = 64
 BY_EXPERT_FROM = 4
+QUANTISED_FROM = 16
 SEARCHED_WIDELY = 8  # tokens; above, only tiles of the kinds that won there
 
 
@@ -55,7 +56,7 @@ def by_expert(shape: Shape, matrices: int, depth: int, tiles: int = 1) -> list[P
         else product(((16, 2, 2), (32, 2, 2), (16, 4, 4), (32, 4, 4), (16, 8, 8), (32, 8, 8)), (_slice(shape),))
     )
     found = []
-    for ((rows, warps, slices), size), stages, registers in product((*whole, *sliced), (1, 2, 3, 4), (0, 128, 168)):
+    for ((rows, warps, slices), size), stages, registers in product((*whole, *sliced), (1, 2, 3, 4), (0, 128)):
         columns = size * slices
         stage = _bytes(shape, matrices * rows, columns)
         trips = -(-depth // columns) * tiles
@@ -64,6 +65,19 @@ def by_expert(shape: Shape, matrices: int, depth: int, tiles: int = 1) -> list[P
             continue
         if columns < 2 * depth and (single or 8_000 <= stage * (stages - 1) <= 110_000):
             found.append(PassConfig(rows, columns, warps, stages, tiles, slices, registers))
+    return found
+
+
+def by_expert_quantised(shape: Shape, matrices: int, depth: int, tiles: int = 1) -> list[PassConfig]:
+    """Weights go from shared memory to tensor cores as they are, so that a thread holds sums alone."""
+    columns = min(128, shape.format.block[1] or 128)
+    if shape.format.kind != "fp8" or columns < 32:
+        return []
+    found = []
+    for (rows, warps), stages in product(((32, 2), (64, 4), (128, 4), (128, 8)), (2, 3, 4, 5, 6, 8)):
+        in_flight = matrices * rows * columns * (stages - 1)
+        if 8_000 <= in_flight <= 100_000 and stages <= -(-depth // columns) * tiles + 1:
+            found.append(PassConfig(rows, columns, warps, stages, tiles, input_bits=8))
     return found
 
 
@@ -82,6 +96,9 @@ def first_passes(shape: Shape, tokens: int) -> list[KernelConfig]:
     if tokens >= BY_EXPERT_FROM:
         tiles = by_expert(shape, 2, shape.hidden)
         found += [KernelConfig(tile, few, False, True, pairs=8, overlap=True) for tile in tiles]
+    if tokens >= QUANTISED_FROM:
+        tiles = by_expert_quantised(shape, 2, shape.hidden)
+        found += [KernelConfig(tile, few, False, True, pairs=n, overlap=True) for tile, n in product(tiles, (8, 16))]
     return found
 
 
@@ -93,6 +110,9 @@ def second_passes(shape: Shape, tokens: int) -> list[KernelConfig]:
         tiles = [p for p in down_by_token(shape) if tokens <= SEARCHED_WIDELY or (p.columns > 1024 and p.rows < 32)]
         found = [KernelConfig(few, p, True, True, overlap=True) for p in tiles]
     if tokens >= BY_EXPERT_FROM:
-        tiles = [p for count in (1, 4) for p in by_expert(shape, 1, shape.inner, count) if p.registers < 168]
+        tiles = [p for count in (1, 4) for p in by_expert(shape, 1, shape.inner, count)]
         found += [KernelConfig(few, tile, True, False, pairs=8, overlap=True) for tile in tiles]
+    if tokens >= QUANTISED_FROM:
+        tiles = [p for count in (1, 4) for p in by_expert_quantised(shape, 1, shape.inner, count)]
+        found += [KernelConfig(few, tile, True, False, pairs=n, overlap=True) for tile, n in product(tiles, (8, 16))]
     return found

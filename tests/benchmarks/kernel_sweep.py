@@ -1,9 +1,9 @@
 """Finds the kernel's fastest tiles on this GPU: ``kernel_sweep.py --out FOLDER --seconds 200 [--shapes A,B]``.
 
 For each shape and number of tokens, in order of importance, until the time is up: each pass's candidates are compiled
-by as many processes as there are cores, checked against float64 (fresh inputs, poisoned output) and timed alone, then
+by as many processes as it may use cores, checked against float64 (fresh inputs, poisoned output) and timed alone, then
 the best of both passes together (for one token also without overlap). Writes sweep.json and ends with a table.
-``kernel_sweep.py --tables sweep.json... [--against table.json]`` turns results into ep2tp/kernels/configs/*.json.
+kernel_choice.py turns results into ep2tp/kernels/configs/*.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +29,7 @@ ORDER = (
     ("dsv3-tp4", (2, 8, 32)), ("dsv3-tp8-int4", (1, 8)), ("dsv3-tp8-nvfp4", (1, 8)), ("gpt-oss-120b-tp4", (1, 8)),
     ("glm-4.5-air-tp8", (1, 8)), ("dsv3-tp2", (1, 2, 4, 8, 16, 32, 64)),
 )  # fmt: skip
-ERROR_LIMIT = 6e-3  # BF16 results; a wrong tile is off by far more
+ERROR_LIMITS = {16: 6e-3, 8: 6e-2}  # by bits of the inputs; a wrong tile is off by far more
 
 
 def compile_candidate(shape_name: str, tokens: int, config: Any, which: str, capability: int) -> str | None:
@@ -57,7 +56,7 @@ class Sweep:
         self.capability = capability
         self.results: list[dict[str, Any]] = []
         self.header: dict[str, Any] = {}
-        self.pool = ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+        self.pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=multiprocessing.get_context("spawn"))
         self.jobs: dict[tuple[Any, ...], Future[str | None]] = {}
 
     @property
@@ -126,6 +125,9 @@ def sweep_point(sweep: Sweep, shape: Any, tokens: int, layer: Any) -> None:
             for b, o in zip(batches, outs, strict=True)
         ]
 
+    def limit_of(config: Any) -> float:
+        return ERROR_LIMITS[input_bits(config)]
+
     best: dict[str, list[tuple[float, Any]]] = {"gate_up": [], "down": []}
     for which, configs, calls in (
         ("gate_up", first_passes(shape, tokens), first),
@@ -139,7 +141,7 @@ def sweep_point(sweep: Sweep, shape: Any, tokens: int, layer: Any) -> None:
             if failure is None:
                 try:
                     error = error_of(config)
-                    times = seconds_a_call(calls(config), least_seconds=0.01) if error < ERROR_LIMIT else []
+                    times = seconds_a_call(calls(config), least_seconds=0.01) if error < limit_of(config) else []
                 except Exception as problem:  # too much shared memory or too many registers for this GPU
                     failure, error, times = f"{type(problem).__name__}: {problem}"[:300], None, []
             if failure is not None:
@@ -149,14 +151,16 @@ def sweep_point(sweep: Sweep, shape: Any, tokens: int, layer: Any) -> None:
             sweep.keep(shape, tokens, which, config, error=error, seconds=median)
             if median is not None:
                 best[which].append((median, config))
-        best[which] = sorted(best[which], key=lambda pair: pair[0])[:4]
+        best[which] = shortlist(best[which])
 
     floor = bytes_read(gate_up, down, batches) / sweep.header["copy_bytes_per_s"]
     for overlap in (True, False) if tokens == 1 else (True,):
-        for _, one in best["gate_up"][: 4 if overlap else 1]:
-            for _, two in best["down"][: 4 if overlap else 1]:
+        for one in best["gate_up"] if overlap else best["gate_up"][:1]:
+            for two in best["down"] if overlap else best["down"][:1]:
                 pairs = one.pairs if two.by_token else two.pairs  # of whichever pass is by expert
                 config = replace(two, gate_up=one.gate_up, by_pair=one.by_pair, pairs=pairs, overlap=overlap)
+                if input_bits(one) > input_bits(two):
+                    continue  # neither as exact as inputs of 16 bits nor as fast as those of 8
                 if sweep.is_late:
                     return
                 try:
@@ -170,16 +174,33 @@ def sweep_point(sweep: Sweep, shape: Any, tokens: int, layer: Any) -> None:
     sweep.save()
 
 
+def input_bits(config: Any) -> int:
+    """The fewest bits of an input in either pass."""
+    return min(config.gate_up.input_bits, config.down.input_bits)
+
+
+def shortlist(timed: list[tuple[float, Any]]) -> list[Any]:
+    """The fastest with inputs of 16 bits, and of 8."""
+    ranked = [config for _, config in sorted(timed, key=lambda pair: pair[0])]
+    return [config for bits in (16, 8) for config in [c for c in ranked if input_bits(c) == bits][:4]]
+
+
 def fastest(results: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
     """The best right result of both passes, by shape and tokens."""
     best: dict[tuple[str, int], dict[str, Any]] = {}
     for line in results:
-        if line["pass"] != "both" or line.get("seconds") is None or not line["error"] < ERROR_LIMIT:
+        if line["pass"] != "both" or line.get("seconds") is None or not is_right(line):
             continue
         key = (line["shape"], line["tokens"])
         if key not in best or line["seconds"] < best[key]["seconds"]:
             best[key] = line
     return best
+
+
+def is_right(line: dict[str, Any]) -> bool:
+    """Whether a result is near the reference."""
+    inputs = min(line["config"][which].get("input_bits", 16) for which in ("gate_up", "down"))
+    return bool(line["error"] < ERROR_LIMITS[inputs])
 
 
 def print_table(header: dict[str, Any], results: list[dict[str, Any]]) -> None:
@@ -190,7 +211,7 @@ def print_table(header: dict[str, Any], results: list[dict[str, Any]]) -> None:
             key = (line["shape"], line["tokens"], line["pass"])
             alone[key] = min(alone[key], line["seconds"])
     failures = sum("failure" in line for line in results)
-    wrong = sum(line.get("error") is not None and not line["error"] < ERROR_LIMIT for line in results)
+    wrong = sum(line.get("error") is not None and not is_right(line) for line in results)
     copy, dense = header["copy_bytes_per_s"] / 1e12, header["dense_flops"] / 1e12
     print(f"{header['device']}, copy {copy:.2f} TB/s, dense {dense:.0f} TFLOP/s, torch {header['torch']},")
     print(f"triton {header['triton']}: {len(results)} candidates, {failures} not run, {wrong} wrong")
@@ -219,77 +240,15 @@ def _short(config: dict[str, Any]) -> str:
     return f"{first}, {second}{', overlap' if config['overlap'] else ''}"
 
 
-def write_tables(sweeps: Sequence[Path], table: Path | None = None) -> None:
-    """Turn sweeps' results into the tables that :func:`ep2tp.kernels.configs.choose` reads.
-
-    Args:
-        sweeps: results of one device; of a point in several, the fastest.
-        table: what kernel_table.py measured with the tables so far: a shape's configs end before the first number of
-            tokens at which vLLM was faster or was not timed.
-    """
-    from ep2tp.kernels.configs import FOLDER, file_name
-    from tests.benchmarks.kernel_timing import SHAPES
-
-    *earlier, found = [json.loads(path.read_text()) for path in sweeps]
-    best = fastest([line for one in (*earlier, found) for line in one["results"]])
-    lines = json.loads(table.read_text())["lines"] if table else None
-    tables: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for name in dict.fromkeys(name for name, _ in best):
-        swept = {tokens: line for (other, tokens), line in sorted(best.items()) if other == name}
-        for tokens, seconds, config in swept_lines(swept) if lines is None else won_lines(name, swept, lines):
-            entry = {"max_tokens": tokens, "microseconds": round(seconds * 1e6, 1), "config": config}
-            tables[str(SHAPES[name].format)][name].append(entry)
-    for stored, shapes in tables.items():
-        entries = [
-            dict(zip(("E", "K", "I", "top_k"), SHAPES[name].key, strict=True), name=name, configs=configs)
-            for name, configs in shapes.items()
-        ]
-        measured = {key: found[key] for key in ("device", "torch", "triton")}
-        FOLDER.mkdir(exist_ok=True)
-        target = FOLDER / file_name(found["device"], stored)
-        target.write_text(json.dumps({"measured": measured, "shapes": entries}, indent=1) + "\n")
-        print(target)
-
-
-def swept_lines(swept: dict[int, dict[str, Any]]) -> Iterator[tuple[int, float, dict[str, Any]]]:
-    """(tokens, seconds, config) of every number of tokens that was swept."""
-    for tokens, line in swept.items():
-        yield tokens, line["seconds"], line["config"]
-
-
-def won_lines(
-    name: str, swept: dict[int, dict[str, Any]], lines: list[dict[str, Any]]
-) -> Iterator[tuple[int, float, dict[str, Any]]]:
-    """As :func:`swept_lines`, up to the first number of tokens at which vLLM was faster or was not timed.
-
-    A number that was not swept was timed with the config of the next one that was. What was swept after the comparison
-    counts with the sweep's time.
-    """
-    for line in lines:
-        tokens = line["tokens"]
-        config = next((one["config"] for most, one in swept.items() if tokens <= most), None)
-        ours = line.get("ep2tp", swept.get(tokens, {})).get("seconds", float("inf"))
-        if line["shape"] != name:
-            continue
-        if config is None or ours >= line.get("vllm", {}).get("seconds", 0.0):
-            return
-        yield tokens, swept.get(tokens, {"seconds": ours})["seconds"], config
-
-
 def main() -> None:
-    """Sweep, or write tables."""
+    """Sweep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("sweep"))
     parser.add_argument("--seconds", type=float, default=200)
     parser.add_argument("--shapes", help="only these, comma-separated")
     parser.add_argument("--tokens", help="only these numbers of tokens, comma-separated")
     parser.add_argument("--known", type=Path, help="an earlier sweep.json: its points are not timed again")
-    parser.add_argument("--against", type=Path, help="with --tables: what kernel_table.py measured")
-    parser.add_argument("--tables", type=Path, nargs="+", help="write the tables of these sweep.json, and stop")
     chosen = parser.parse_args()
-    if chosen.tables:
-        write_tables(chosen.tables, chosen.against)
-        return
     import torch
     import triton
 

@@ -60,7 +60,7 @@ def measure_shape(
     shape: Any, chosen: argparse.Namespace, header: dict[str, Any], deadline: float
 ) -> list[dict[str, Any]]:
     """One line a number of tokens."""
-    from ep2tp.kernels.configs import choose
+    from ep2tp.kernels.configs import choose, to_json
     from ep2tp.kernels.fused_moe import fused_moe
     from ep2tp.kernels.reference import fused_moe_reference
     from tests.benchmarks.kernel_timing import bytes_read, make_batches, make_layer
@@ -86,7 +86,7 @@ def measure_shape(
             def ours(x: Any, topk_weights: Any, topk_ids: Any, config: Any = config) -> Any:
                 return fused_moe(x, gate_up, down, topk_weights, topk_ids, config=config)
 
-            line["ep2tp"] = measure(ours, batches, reference, checked)
+            line["ep2tp"] = {**measure(ours, batches, reference, checked), "config": to_json(config)}
         if stock is not None:
             try:
                 line["vllm"] = measure(stock, batches, reference, checked)

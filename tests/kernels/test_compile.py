@@ -84,6 +84,19 @@ def test_slices_compile_for_every_gpu(capability: int, stored: str) -> None:
         assert "ldmatrix" in kernel.asm["ptx"] and ".maxnreg 128" in kernel.asm["ptx"]
 
 
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_inputs_in_fp8_compile_for_every_gpu(capability: int) -> None:
+    """Weights go to FP8 matrix instructions as they are; SM80, which has none, multiplies in BF16."""
+    tile = PassConfig(64, 64, 4, 3, input_bits=8)
+    first, second, _ = compiled(capability, "fp8-64", 16, gate_up=tile, down=tile)
+    for kernel in (first, second):
+        code = kernel.asm["ptx"]
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability]
+        assert ("wgmma" in code) == (capability == 90)
+        assert (code.count("e4m3.e4m3") > 0) == (capability >= 89)
+        assert ("cvt.rn.f16x2.e4m3x2" in code) is False
+
+
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_integer_arithmetic_needs_no_fp8_instructions(tokens: int) -> None:
     for kernel in compiled(80, "fp8-16", tokens):

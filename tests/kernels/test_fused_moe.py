@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from ep2tp.kernels.configs import KernelConfig, PassConfig, default
 from ep2tp.kernels.fused_moe import fused_moe
+from ep2tp.kernels.launch import Layer, run_gate_up
 from ep2tp.kernels.operands import Activation, ExpertWeights, WeightFormat
 from ep2tp.kernels.reference import fused_moe_reference
 from tests.kernels.layers import FORMATS, MoeLayer, layer, relative_error
@@ -28,9 +29,15 @@ IN_SLICES = replace(
     gate_up=PassConfig(16, 64, 2, 2, slices=2, registers=128),
     down=PassConfig(32, 128, 4, 2, tiles=3, slices=4),
 )
+ROUNDED = replace(
+    BY_EXPERT,
+    gate_up=PassConfig(16, 128, 2, 2, input_bits=8),
+    down=PassConfig(32, 64, 4, 2, tiles=3, input_bits=8),
+)
 METHODS = {"by pair": BY_PAIR, "by expert": BY_EXPERT, "by expert, in slices": IN_SLICES}
 MIXED = replace(BY_EXPERT, down=BY_PAIR.down, by_token=True)
 LIMIT = {torch.float16: 6e-4, torch.bfloat16: 8e-3}
+ROUNDED_LIMIT = 0.1  # the interpreter cuts FP8 off; a GPU rounds it
 ODD = (80, 96, 144, 160, 176, 192, 288, 320, 352)
 
 
@@ -64,6 +71,46 @@ def test_first_by_expert_and_then_by_token(stored: str) -> None:
 @pytest.mark.parametrize("inner", ODD)
 def test_odd_slices(inner: int, method: str) -> None:
     check(layer(FORMATS["fp8-16"], tokens=2, hidden=176, inner=inner, dtype=torch.float16), METHODS[method])
+
+
+@pytest.mark.parametrize("stored", [name for name in FORMATS if name.startswith("fp8")])
+def test_inputs_in_fp8(stored: str) -> None:
+    made = layer(FORMATS[stored], tokens=3, hidden=160, inner=96, bias=True, dtype=torch.float16)
+    error = relative_error(run(made, ROUNDED), fused_moe_reference(*made.operands))
+    if stored == "fp8-16":  # a tile would have 16 columns
+        assert error < LIMIT[torch.float16]
+    else:
+        assert LIMIT[torch.float16] < error < ROUNDED_LIMIT
+
+
+@pytest.mark.parametrize("stored", ["bf16", "nvfp4"])
+def test_inputs_of_other_formats_are_not_rounded(stored: str) -> None:
+    check(layer(FORMATS[stored], tokens=3, hidden=160, inner=96, dtype=torch.float16), ROUNDED)
+
+
+def test_inputs_are_not_rounded_where_fp8_has_no_instructions() -> None:
+    check(layer(FORMATS["fp8-64"], tokens=3, dtype=torch.float16), replace(ROUNDED, fp8_bits=True))
+
+
+@pytest.mark.parametrize("stored", ["fp8-128", "fp8-32", "fp8-channel", "fp8-tensor"])
+def test_inputs_that_fp8_holds_are_exact(stored: str) -> None:
+    made = layer(FORMATS[stored], tokens=5, dtype=torch.float16)
+    values = torch.randn(made.x.shape).mul(60).clamp(-448, 448)
+    values.view(5, -1, 32)[:, :, 5] = 448  # so that each group's scale is a power of two
+    made = replace(made, x=values.to(torch.float8_e4m3fn).to(torch.float16) / 64)
+    moe = Layer(made.gate_up, made.down, Activation.SILU, False)
+    rounded, exact = (run_gate_up(moe, config, made.x, *made.operands[3:]) for config in (ROUNDED, BY_EXPERT))
+    assert relative_error(rounded, exact.double()) < LIMIT[torch.float16]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf")])
+def test_infinity_stays_where_inputs_are_rounded(bad: float) -> None:
+    """NaN is checked on a GPU: the interpreter's FP8 has none."""
+    made = layer(FORMATS["fp8-64"], tokens=3, dtype=torch.float16)
+    made.x[1, 7] = bad
+    found, reference = run(made, ROUNDED), fused_moe_reference(*made.operands)
+    assert not found[~reference.isfinite()].isfinite().any()
+    assert found[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("stored", ["bf16", "fp8-64"])

@@ -19,8 +19,8 @@ def down_by_expert(
     EXPERTS: tl.constexpr, K: tl.constexpr, I: tl.constexpr,
     KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
     BITS: tl.constexpr, WEIGHT_INPUT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, TILES: tl.constexpr,
-    OVERLAP: tl.constexpr, PAIRS: tl.constexpr, ALL_PAIRS: tl.constexpr, FIND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, INPUT_BITS: tl.constexpr, STAGES: tl.constexpr,
+    TILES: tl.constexpr, OVERLAP: tl.constexpr, PAIRS: tl.constexpr, ALL_PAIRS: tl.constexpr, FIND: tl.constexpr,
 ):  # fmt: skip
     """``parts[pair] = weight * down[expert of pair] @ inner[pair]``. Grid: (experts or pairs, TILES tiles of K)."""
     if OVERLAP:
@@ -46,10 +46,10 @@ def down_by_expert(
             outputs = (tl.program_id(1) * TILES + step // trips) * ROWS + tl.arange(0, ROWS)
             live = outputs < K
             scale_starts = scale_rows(expert, outputs, K, I, BLOCK_ROWS, BLOCK_COLUMNS)
-            even, odd = load_columns(inner + pair * I, start, here, I, COLUMNS, PACK, SLICES)
+            even, odd = load_columns(inner + pair * I, start, here, I, COLUMNS, PACK, SLICES, INPUT_BITS)
             sums = multiply_tile(
                 tl.where(start == 0, 0.0, sums), values, scales, (expert * K + outputs) * (I // PACK), scale_starts,
-                live, factor, start, even, odd, I, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS, SLICES,
+                live, factor, start, even, odd, I, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS, SLICES, INPUT_BITS,
             )  # fmt: skip
             part = total(sums, SLICES)
             if (KIND == "fp8") and (BLOCK_COLUMNS == 0):

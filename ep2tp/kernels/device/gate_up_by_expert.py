@@ -17,8 +17,8 @@ def gate_up_by_expert(
     EXPERTS: tl.constexpr, K: tl.constexpr, I: tl.constexpr, TOP_K: tl.constexpr,
     KIND: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr,
     BITS: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr, WEIGHT_INPUT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
-    PAIRS: tl.constexpr, ALL_PAIRS: tl.constexpr, FIND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, INPUT_BITS: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr, PAIRS: tl.constexpr, ALL_PAIRS: tl.constexpr, FIND: tl.constexpr,
 ):  # fmt: skip
     """``inner[pair] = act(gate_up[expert of pair] @ x[token of pair])``. Grid: (experts or pairs, tiles of I)."""
     if OVERLAP:
@@ -44,14 +44,14 @@ def gate_up_by_expert(
         gate = no_sums(ROWS, PAIRS, SLICES)
         up = no_sums(ROWS, PAIRS, SLICES)
         for start in tl.range(0, K, COLUMNS, num_stages=STAGES):
-            even, odd = load_columns(inputs, start, here, K, COLUMNS, PACK, SLICES)
+            even, odd = load_columns(inputs, start, here, K, COLUMNS, PACK, SLICES, INPUT_BITS)
             gate = multiply_tile(
                 gate, values, scales, gate_starts, gate_scales, live, factor, start, even, odd,
-                K, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS, SLICES,
+                K, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS, SLICES, INPUT_BITS,
             )  # fmt: skip
             up = multiply_tile(
                 up, values, scales, up_starts, up_scales, live, factor, start, even, odd,
-                K, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS, SLICES,
+                K, KIND, BLOCK_COLUMNS, PACK, BITS, ROWS, COLUMNS, SLICES, INPUT_BITS,
             )  # fmt: skip
         gate = total(gate, SLICES)
         up = total(up, SLICES)

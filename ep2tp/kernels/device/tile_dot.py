@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ep2tp.kernels.device.dequant import byte_values, nibble_values
+from ep2tp.kernels.device.fp8_dot import load_quantised, multiply_quantised
 from ep2tp.kernels.device.scales import load_scales
 from ep2tp.kernels.device.slice_dot import load_slices, multiply_slices
 
@@ -33,9 +34,12 @@ def total(sums, SLICES: tl.constexpr):
 
 @triton.jit
 def load_columns(
-    inputs, start, live, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, PACK: tl.constexpr, SLICES: tl.constexpr
-):
+    inputs, start, live, LENGTH: tl.constexpr, COLUMNS: tl.constexpr, PACK: tl.constexpr, SLICES: tl.constexpr,
+    INPUT_BITS: tl.constexpr,
+):  # fmt: skip
     """Inputs ``[stored columns, pairs]`` of the even and the odd columns (the same where unpacked), or of slices.
+
+    Inputs of 8 bits come with their scales instead.
 
     ``inputs`` points at the first column of each pair; pairs that are not live read zeros.
     """
@@ -43,6 +47,8 @@ def load_columns(
         column = start + tl.arange(0, COLUMNS // 2)[:, None, None] * 2 + tl.arange(0, 2)[None, None, :]
         mask = (column < LENGTH) & live[None, :, None]
         even, odd = tl.split(tl.load(inputs[None, :, None] + column, mask=mask, other=0.0))
+    elif INPUT_BITS == 8:
+        even, odd = load_quantised(inputs, start, live, LENGTH, COLUMNS)
     elif SLICES > 1:
         even = load_slices(inputs, start, live, LENGTH, COLUMNS, SLICES)
         odd = even
@@ -57,10 +63,15 @@ def load_columns(
 def multiply_tile(
     sums, values, scales, row_starts, scale_starts, live, factor, start, even, odd,
     LENGTH: tl.constexpr, KIND: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, PACK: tl.constexpr, BITS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr, INPUT_BITS: tl.constexpr,
 ):  # fmt: skip
     """``sums + weights[:, start : start + COLUMNS] @ inputs``. FP8's scales multiply sums, others the weights."""
-    if SLICES > 1:
+    if INPUT_BITS == 8:
+        sums = multiply_quantised(
+            sums, values, scales, row_starts, scale_starts, live, factor, start, even, odd,
+            LENGTH, BLOCK_COLUMNS, BITS, COLUMNS,
+        )  # fmt: skip
+    elif SLICES > 1:
         sums = multiply_slices(
             sums, values, scales, row_starts, scale_starts, live, factor, start, even,
             LENGTH, KIND, BLOCK_COLUMNS, BITS, COLUMNS, SLICES,

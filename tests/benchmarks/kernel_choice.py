@@ -1,0 +1,114 @@
+"""Turns sweeps into the tables that ep2tp ships: ``kernel_choice.py sweep.json... [--against table.json]``.
+
+A shape's candidates are what the tables have now and what the sweeps found. Inputs of 16 bits come first; of 8 bits, to
+which vLLM's kernel rounds too, where only they are faster than it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kernel_sweep import fastest, input_bits
+
+from ep2tp.kernels.configs import FOLDER, KernelConfig, file_name, from_json, to_json
+from tests.benchmarks.kernel_timing import SHAPES, Shape
+
+
+class Candidate(NamedTuple):
+    """A config and its time."""
+
+    seconds: float
+    config: KernelConfig
+
+
+Candidates = dict[int, dict[int, Candidate]]
+"""The fastest of a shape, by tokens and bits of the inputs."""
+
+
+def gather(sweeps: list[dict[str, Any]], device: str) -> dict[str, Candidates]:
+    """By shape, the fastest of the tables and the sweeps."""
+    found: dict[str, Candidates] = {name: defaultdict(dict) for name in SHAPES}
+
+    def add(name: str, tokens: int, candidate: Candidate) -> None:
+        place = found[name][tokens]
+        bits = input_bits(candidate.config)
+        if bits not in place or candidate.seconds < place[bits].seconds:
+            place[bits] = candidate
+
+    for shape in SHAPES.values():
+        for entry in _entries(device, shape):
+            add(shape.name, entry["max_tokens"], Candidate(entry["microseconds"] / 1e6, from_json(entry["config"])))
+    for sweep in sweeps:
+        for bits in (16, 8):
+            lines = [one for one in sweep["results"] if input_bits(from_json(one["config"])) == bits]
+            for (name, tokens), line in fastest(lines).items():
+                add(name, tokens, Candidate(line["seconds"], from_json(line["config"])))
+    return found
+
+
+def _entries(device: str, shape: Shape) -> list[dict[str, Any]]:
+    path = FOLDER / file_name(device, str(shape.format))
+    shapes = json.loads(path.read_text(encoding="utf-8"))["shapes"] if path.exists() else []
+    return [entry for one in shapes if one["name"] == shape.name for entry in one["configs"]]
+
+
+def chosen(shape: Shape, candidates: Candidates, lines: list[dict[str, Any]] | None) -> Iterator[tuple[int, Candidate]]:
+    """(tokens, candidate), up to the first number of tokens at which vLLM was faster or was not timed.
+
+    Args:
+        shape: whose candidates they are.
+        candidates: where a number of tokens has none, those of the next one stand in.
+        lines: of kernel_table.py; a candidate that it timed has its time from there. None: nothing is compared.
+    """
+    if lines is None:
+        yield from ((tokens, by_bits[16]) for tokens, by_bits in sorted(candidates.items()) if 16 in by_bits)
+        return
+    for line in (line for line in lines if line["shape"] == shape.name):
+        by_bits = next((candidates[most] for most in sorted(candidates) if line["tokens"] <= most), {})
+        limit = line.get("vllm", {}).get("seconds", 0.0)
+        timed = [_timed(by_bits[bits], line) for bits in (16, 8) if bits in by_bits]
+        winner = next((candidate for candidate in timed if candidate.seconds < limit), None)
+        if winner is None:
+            return
+        yield line["tokens"], winner
+
+
+def _timed(candidate: Candidate, line: dict[str, Any]) -> Candidate:
+    own = line.get("ep2tp", {})
+    return candidate._replace(seconds=own["seconds"]) if own.get("config") == to_json(candidate.config) else candidate
+
+
+def main() -> None:
+    """Write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sweeps", type=Path, nargs="*", help="results of one kind of device")
+    parser.add_argument("--against", type=Path, help="what kernel_table.py measured")
+    options = parser.parse_args()
+    sweeps = [json.loads(path.read_text(encoding="utf-8")) for path in options.sweeps]
+    table = json.loads(options.against.read_text(encoding="utf-8")) if options.against else None
+    header = sweeps[-1] if sweeps else table
+    assert header is not None, "name a sweep, or a table to compare with"
+    found = gather(sweeps, header["device"])
+    tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for shape in SHAPES.values():
+        configs = [
+            {"max_tokens": tokens, "microseconds": round(seconds * 1e6, 1), "config": to_json(config)}
+            for tokens, (seconds, config) in chosen(shape, found[shape.name], table and table["lines"])
+        ]
+        if configs:
+            key = dict(zip(("E", "K", "I", "top_k"), shape.key, strict=True))
+            tables[str(shape.format)].append({**key, "name": shape.name, "configs": configs})
+    measured = {key: header[key] for key in ("device", "torch", "triton")}
+    for stored, shapes in tables.items():
+        target = FOLDER / file_name(header["device"], stored)
+        target.write_text(json.dumps({"measured": measured, "shapes": shapes}, indent=1) + "\n", encoding="utf-8")
+        print(target)
+
+
+if __name__ == "__main__":
+    main()
