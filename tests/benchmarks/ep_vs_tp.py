@@ -204,28 +204,29 @@ class Harness:
         until = time.monotonic() + limit
         while not all(engine.is_ready for engine in engines) and time.monotonic() < until:
             time.sleep(0.2)
-        failed = [engine.case for engine in engines if not self._finish(engine, profiles[engine.case.link], until)]
+        failed = [engine.case for engine in engines if self._finish(engine, profiles[engine.case.link], until)]
         for engine in engines:
             _end_group(engine.process)
         if failed and not is_eager and time.monotonic() < until:
             self._run_cases(failed, profiles, True)
 
     def _finish(self, engine: Engine, profile: Profile | None, until: float) -> bool:
-        """Let an engine be timed, and write its line; whether it was."""
+        """Let an engine be timed, and write its line; whether it failed and might run without CUDA graphs."""
         status = engine.time_it(max(until, time.monotonic() + 30))
         log = engine.path("log").read_text(encoding="utf-8", errors="replace")
         shared = {"kind": "launch", **vars(engine.case), "cuda_graphs": not engine.is_eager}
         shared |= {"seconds": round(time.monotonic() - engine.started, 1), "engine": engine.case.engine}
         if not engine.path("result.json").is_file():
-            self._line(**shared, error=_failure(status, log), log_tail=log[-1500:])
-            return False
+            error = _failure(status, log)
+            self._line(**shared, error=error, log_tail=log[-1500:])
+            return "divisible" not in error
         result = json.loads(engine.path("result.json").read_text(encoding="utf-8"))
         found = re.search(r"Model loading took ([\d.]+) GiB", log)
         reported = round(float(found[1]) * 1024**3 / GB, 3) if found else None
         result["weights_gb"] = reported or round(max(result["parameter_bytes"]) / GB, 3)
         line = {**shared, **result}
         self._line(**line, planner=figures(self.machine, line, profile))
-        return True
+        return False
 
     def _engine(self, is_eager: bool) -> dict[str, Any]:
         shared: dict[str, Any] = {
