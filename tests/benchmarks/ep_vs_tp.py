@@ -32,7 +32,7 @@ from typing import Any
 from ep_vs_tp_models import MODELS, model_config
 from ep_vs_tp_planner import figures
 
-from ep2tp.demo.engines import CPU_ENVIRONMENT
+from ep2tp.demo.engines import CPU_ENVIRONMENT, VLLM
 from ep2tp.demo.launch import EngineRun
 from ep2tp.errors import Ep2tpError
 from ep2tp.planner.calibrate import calibrate
@@ -276,7 +276,7 @@ def _failure(status: int, log: str) -> str:
     """The reason of a failed engine in one line."""
     if status == -signal.SIGALRM:
         return "ended after its time limit"
-    reason = EngineRun(max(status, 1), None, log, 0.0).failure
+    reason = EngineRun(max(status, 1), None, log, 0.0, VLLM).failure
     if "Worker failed" in reason and (bare := re.search(r"\b\w+Error$", log, re.MULTILINE)):
         reason = bare.group()  # an error without a message
     return reason[:500]
