@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -231,6 +232,20 @@ def test_a_bad_config_is_one_clear_error(tmp_path: Path, text: str, message: str
     assert (status, out) == (1, "")
     assert message in err
     assert "config.json" in err
+
+
+@pytest.mark.parametrize("named", ["", "config.json"])
+def test_a_file_that_cannot_be_read_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    status, out, err = run(str(tmp_path / named), "--gpus", "2")
+    assert (status, out) == (1, "")
+    assert f"{tmp_path / 'config.json'}: Permission denied" in err
 
 
 @pytest.mark.parametrize(
