@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ep2tp.planner import whole_experts
@@ -11,6 +11,8 @@ from ep2tp.planner.compare import Assessment, Question
 from ep2tp.planner.divisibility import slices_below_block
 from ep2tp.planner.launch import Launch, launches, longest_context, nccl_settings
 from ep2tp.planner.memory import GB, usable_bytes
+
+_USUAL_NODE = 8  # GPUs; few machines have more
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ def advise(question: Question, assessed: Sequence[Assessment]) -> Verdict:
     reasons += whole_experts.where_they_win(question, running, won)
     reasons += _what_does_not_run(question, assessed)
     reasons += _padding(question, best)
-    return Verdict(best, by_batch, tuple(reasons), bool(won), unavoidable, launches(question, best))
+    commands = launches(question, best)
+    reasons += _one_node(question, commands)
+    return Verdict(best, by_batch, tuple(reasons), bool(won), unavoidable, commands)
 
 
 def _context(question: Question) -> list[str]:
@@ -137,6 +141,16 @@ def _padding(question: Question, best: Assessment) -> list[str]:
     if nccl_settings(question.link)[2]:
         found.append(f"NCCL: {nccl_settings(question.link)[2]}.")
     return found
+
+
+def _one_node(question: Question, commands: Mapping[str, Launch]) -> list[str]:
+    """What a launch of more GPUs than a usual machine has needs to know: there are machines with 16."""
+    if question.gpus <= _USUAL_NODE or not any(launch.command for launch in commands.values()):
+        return []
+    return [
+        f"The command is for one node with {question.gpus} GPUs. For several nodes, run it on each of them with "
+        "--nnodes, --node-rank and the address of the first (docs/guides/multi-node.md)."
+    ]
 
 
 def _nothing_runs(question: Question, assessed: Sequence[Assessment]) -> list[str]:

@@ -89,7 +89,7 @@ def _time_table(
 
 
 def _memory_table(question: Question, assessed: Sequence[Assessment]) -> Table:
-    table = _table("Memory, GB a GPU", gap=0)
+    table = _table("Memory, GB a GPU (computed)", gap=0)
     for column in ("plan", "weights", "routed", "shared", "dense", "attn", "embed", "other", "pad", "KV/seq", "seqs"):
         table.add_column(column, justify="left" if column == "plan" else "right", no_wrap=True)
     for a in assessed:
@@ -102,7 +102,7 @@ def _memory_table(question: Question, assessed: Sequence[Assessment]) -> Table:
 
 
 def _communication_table(assessed: Sequence[Assessment], batches: tuple[int, ...]) -> Table:
-    table = _table("A MoE layer's collectives, KB sent a rank; busiest rank over mean")
+    table = _table("A MoE layer's collectives, KB sent a rank; busiest rank over mean (computed)")
     table.add_column("plan", no_wrap=True, min_width=10)
     table.add_column("collectives", min_width=14)
     for batch in batches:
@@ -136,7 +136,7 @@ def _print_divisibility(console: Console, assessed: Sequence[Assessment], best: 
 
 
 def _print_verdict(console: Console, verdict: Verdict) -> None:
-    console.print("\n[bold]Verdict[/]")
+    console.print("\n[bold]Verdict[/] (times are computed bounds, not measured)")
     for reason in verdict.reasons:
         _print_item(console, Text(reason))
     for engine, launch in verdict.commands.items():

@@ -25,7 +25,8 @@ def load_model(model: str, revision: str | None = None) -> tuple[ModelFacts, Inv
     the config where there is nothing else.
 
     Args:
-        model: a checkpoint folder, a config.json under any name, or a hub id.
+        model: a checkpoint folder or its config.json, a config under another name (nothing beside it is read), or a
+            hub id.
         revision: branch, tag or commit of a hub model.
 
     Raises:
@@ -34,7 +35,8 @@ def load_model(model: str, revision: str | None = None) -> tuple[ModelFacts, Inv
     """
     path = Path(model)
     if path.is_file():
-        return _computed(_config(path, _read(path)), model)
+        is_of_folder = path.name == "config.json"
+        return _computed(_described(LocalSource(path.parent)) if is_of_folder else _config(path, _read(path)), model)
     if path.is_dir():
         source = LocalSource(path)
         config = _described(source)
@@ -105,10 +107,17 @@ def _tensors(source: Source) -> Iterator[StoredTensor]:
 def _described(source: Source) -> dict[str, Any]:
     """config.json, with ModelOpt's hf_quant_config.json where it says nothing about quantisation itself."""
     label = Path(source.label)
-    text = source.read_text("config.json")
+    text = _text(source, "config.json")
     if text is None:
         raise ModelError(f"{source.label}: has no config.json; name a folder or hub model with one")
-    return with_modelopt(_config(label / "config.json", text), label / MODELOPT, source.read_text(MODELOPT))
+    return with_modelopt(_config(label / "config.json", text), label / MODELOPT, _text(source, MODELOPT))
+
+
+def _text(source: Source, name: str) -> bytes | None:
+    try:
+        return source.read_text(name)
+    except OSError as error:
+        raise ModelError(f"{Path(source.label) / name}: {error.strerror or error}") from None
 
 
 def _read(path: Path) -> bytes:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+_STARTS = 3
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def says_port_is_taken(log: str) -> bool:
+    """Whether asyncio, torch, ZeroMQ or SGLang says so somewhere."""
+    return re.search(r"(address|port) .*in use", log, re.IGNORECASE) is not None
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> bytes:
@@ -29,47 +37,78 @@ def ask(url: str, body: dict[str, Any] | None = None) -> bytes:
 
 
 class Server:
-    """Processes that make up one server, one a node, each with a log; the first answers on ``port``."""
+    """Processes that make up one server, one a node, each with a log; the first answers on ``port``.
 
-    def __init__(self, commands: Mapping[Path, Sequence[str]], port: int, environment: Mapping[str, str]) -> None:
-        self.url, self.logs = f"http://127.0.0.1:{port}", list(commands)
-        self.processes = []
+    A port that was free may be another program's when an engine binds it; the server is then started anew.
+
+    Args:
+        commands: the command of each process by its log, for the port that the server answers on. Called once a start,
+            so that other ports, and files that a command writes, can be new ones.
+        environment: variables beside this process's own.
+    """
+
+    def __init__(self, commands: Callable[[int], Mapping[Path, Sequence[str]]], environment: Mapping[str, str]) -> None:
+        self._commands, self._environment = commands, os.environ | dict(environment)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._start()
+
+    def generate(self, prompt: list[int], max_tokens: int) -> list[int]:
+        """Greedy tokens, by vLLM's endpoint for token ids."""
+        self.ask_when_ready("/health")
+        sampling = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
+        body = {"token_ids": prompt, "sampling_params": sampling}
+        return list(json.loads(ask(f"{self._url}/inference/v1/generate", body))["choices"][0]["token_ids"])
+
+    def ask_when_ready(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+        """The first answer.
+
+        Raises:
+            AssertionError: with the end of each log, where a process ends, or none answers in four minutes.
+        """
+        starts = 1
+        while (answer := self._first_answer(path, body)) is None:
+            log = self.stop()
+            assert starts < _STARTS and says_port_is_taken(log), self._log_ends()
+            self._start()
+            starts += 1
+        return answer
+
+    def stop(self) -> str:
+        """End all processes; returns what they logged since the last start."""
+        while self._processes:
+            process = self._processes.pop()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return "".join(log.read_text(errors="replace") for log in self._logs)
+
+    def _start(self) -> None:
+        self.port = free_port()
+        self._url = f"http://127.0.0.1:{self.port}"
+        commands = self._commands(self.port)
+        self._logs = list(commands)
         for log, command in commands.items():
             with log.open("wb") as stream:
-                self.processes.append(
+                self._processes.append(
                     subprocess.Popen(
                         command,
                         stdout=stream,
                         stderr=subprocess.STDOUT,
-                        env=os.environ | dict(environment),
+                        env=self._environment,
                         start_new_session=True,
                     )
                 )
 
-    def generate(self, prompt: list[int], max_tokens: int) -> list[int]:
-        """Greedy tokens, by vLLM's endpoint for token ids."""
-        self._wait_until_healthy()
-        sampling = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
-        answer = json.loads(
-            ask(f"{self.url}/inference/v1/generate", {"token_ids": prompt, "sampling_params": sampling})
-        )
-        return list(answer["choices"][0]["token_ids"])
-
-    def stop(self) -> str:
-        """End all processes; returns what they logged."""
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        return "".join(log.read_text(errors="replace") for log in self.logs)
-
-    def _wait_until_healthy(self) -> None:
+    def _first_answer(self, path: str, body: dict[str, Any] | None) -> bytes | None:
+        """None where a process ends before."""
         for _ in range(240):
-            assert self.processes[0].poll() is None, self.logs[0].read_text()[-3000:]
+            if any(process.poll() is not None for process in self._processes):
+                return None
             try:
-                ask(f"{self.url}/health")
+                return ask(self._url + path, body)
             except OSError:
                 time.sleep(1)
-            else:
-                return
-        raise AssertionError(self.logs[0].read_text()[-3000:])
+        raise AssertionError(self._log_ends())
+
+    def _log_ends(self) -> str:
+        return "\n".join(f"{log.name}: ...{log.read_text(errors='replace')[-3000:]}" for log in self._logs)

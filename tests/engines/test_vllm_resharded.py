@@ -16,7 +16,7 @@ from ep2tp.demo.engines import CPU_ENVIRONMENT
 from ep2tp.demo.launch import PROMPTS, EngineRun, run_engine
 from ep2tp.demo.tiny import TinyModel
 from tests.engines.conftest import tiny_model
-from tests.engines.serving import Server, free_port
+from tests.engines.serving import Server
 from tests.recall import RecallModel
 
 pytestmark = pytest.mark.engine
@@ -44,17 +44,23 @@ def run(folder: Path, label: str, model: Path, tp: int, **options: object) -> En
 
 def test_padded_checkpoint_is_served_by_stock_vllm(tmp_path: Path, reference: EngineRun) -> None:
     """By examples/reshard_and_serve.py, whose tiny model is this one."""
-    port, log = free_port(), tmp_path / "serve.log"
     options = ["--skip-tokenizer-init", "--tokens-only", "--max-model-len", "256", "--enforce-eager"]
-    command = [sys.executable, str(EXAMPLE), "tiny", str(tmp_path / "padded"), "--tp", "2", "--port", str(port)]
-    server = Server({log: [*command, *options, "--dtype", "float32"]}, port, CPU_ENVIRONMENT)
+
+    def padded(port: int) -> Path:
+        return tmp_path / f"padded-{port}"
+
+    def commands(port: int) -> dict[Path, list[str]]:
+        command = [sys.executable, str(EXAMPLE), "tiny", str(padded(port)), "--tp", "2", "--port", str(port)]
+        return {tmp_path / "serve.log": [*command, *options, "--dtype", "float32"]}
+
+    server = Server(commands, CPU_ENVIRONMENT)
     try:
         tokens = [server.generate(prompt, max_tokens=12) for prompt in PROMPTS]
     finally:
         text = server.stop()
     assert reference.result is not None and tokens == reference.result["tokens"]
     assert "tensors equal" in text and "Worker_TP1" in text and "ep2tp 0" not in text
-    config = json.loads((tmp_path / "padded" / "config.json").read_text())
+    config = json.loads((padded(server.port) / "config.json").read_text())
     assert (config["moe_intermediate_size"], config["intermediate_size"]) == (80, 336)
 
 

@@ -44,16 +44,19 @@ def served(model: Path, folder: Path, nodes: int) -> Server:
     command.parent.mkdir(exist_ok=True)
     command.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-c", VLLM])} "$@"\n')
     command.chmod(0o755)
-    port = free_port()
-    launch = [str(command), "serve", str(model)]
-    sizes = ["--tensor-parallel-size", "1", "--pipeline-parallel-size", "1", "--master-port", str(free_port())]
-    commands = {}
-    for node in range(nodes):
-        if nodes > 1:
-            launch = [str(EXAMPLE), str(node), "127.0.0.1", str(model), *sizes]
-        commands[folder / f"serve-{nodes}-{node}.log"] = [*launch, *RECIPE, *OPTIONS, "--port", str(port)]
+
+    def commands(port: int) -> dict[Path, list[str]]:
+        launch = [str(command), "serve", str(model)]
+        sizes = ["--tensor-parallel-size", "1", "--pipeline-parallel-size", "1", "--master-port", str(free_port())]
+        found = {}
+        for node in range(nodes):
+            if nodes > 1:
+                launch = [str(EXAMPLE), str(node), "127.0.0.1", str(model), *sizes]
+            found[folder / f"serve-{nodes}-{node}.log"] = [*launch, *RECIPE, *OPTIONS, "--port", str(port)]
+        return found
+
     path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
-    return Server(commands, port, CPU_ENVIRONMENT | {"EP2TP": "auto", "PATH": path, "NODES": str(nodes), "GPUS": "1"})
+    return Server(commands, CPU_ENVIRONMENT | {"EP2TP": "auto", "PATH": path, "NODES": str(nodes), "GPUS": "1"})
 
 
 @pytest.fixture(scope="module")

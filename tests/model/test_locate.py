@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from ep2tp.cli import main
-from ep2tp.errors import ModelError
+from ep2tp.errors import CheckpointError, ModelError
 from ep2tp.model.locate import MODELOPT, find_config
 from ep2tp.planner.source import load_model
 from tests.planner.models import config
@@ -35,6 +35,29 @@ def test_patches_and_plan_read_modelopts_own_file(folder: Path) -> None:
     assert "nothing to pad" not in out
     facts, _ = load_model(str(folder))
     assert find_config(str(folder)) == find_config(str(folder / "config.json")) == facts.config
+
+
+def test_plan_reads_it_beside_a_config_json_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts, inventory = load_model(str(folder))
+    assert {c.format_names for c in facts.classes} == {"nvfp4"}
+    named, computed = load_model(str(folder / "config.json"))
+    assert (named.config, named.classes, computed) == (facts.config, facts.classes, inventory)
+    monkeypatch.chdir(folder)
+    assert load_model("config.json")[0].config == facts.config
+
+
+def test_a_config_under_another_name_is_all_that_is_known_of_its_model(folder: Path) -> None:
+    other = folder / "glm.json"
+    other.write_text(json.dumps(GLM))
+    assert load_model(str(other))[0].config == GLM
+
+
+def test_plan_reads_no_config_json_that_leads_elsewhere(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").rename(tmp_path / "elsewhere.json")
+    (folder / "config.json").symlink_to(tmp_path / "elsewhere.json")
+    for named in (folder, folder / "config.json"):
+        with pytest.raises(CheckpointError, match=r"config.json: leads to .*elsewhere.json, outside of"):
+            load_model(str(named))
 
 
 def test_config_json_comes_first(folder: Path) -> None:

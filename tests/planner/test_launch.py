@@ -97,3 +97,22 @@ def test_a_revision_is_part_of_the_launch() -> None:
         assert launch.command[launch.command.index("--revision") + 1] == "v1"
     for launch in launches(question, plans["TP 4"]).values():
         assert "--revision" not in launch.command
+
+
+@pytest.mark.parametrize(("gpus", "is_said"), [(8, False), (16, True)])
+def test_a_command_for_more_gpus_than_a_usual_node_has_says_that_it_is_for_one(gpus: int, is_said: bool) -> None:
+    question, plans = assessed("DeepSeek-V3/R1/V3.1", "fp8_block128", gpus)
+    found = advise(question, list(plans.values()))
+    console = Console(file=io.StringIO(), width=200)
+    print_report(console, question, list(plans.values()), found)
+    note = f"for one node with {gpus} GPUs. For several nodes, run it on each of them with --nnodes"
+    assert (note in console.file.getvalue()) == is_said  # type: ignore[attr-defined]
+    assert any(note in reason for reason in found.reasons) == is_said  # which the JSON has
+    assert all(launch.command and "--nnodes" not in launch.command for launch in found.commands.values())
+
+
+def test_without_a_command_nothing_is_said_of_nodes() -> None:
+    question, plans = assessed("GLM-4.5/4.6/4.7", "fp8_block128", 16)
+    found = advise(question, [plans["TEP 16"]])
+    assert [launch.command for launch in found.commands.values()] == [(), ()]
+    assert "--nnodes" not in " ".join(found.reasons)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -123,6 +125,20 @@ def test_tables_fit_the_terminal(tmp_path: Path, columns: int) -> None:
         assert part in out
 
 
+@pytest.mark.parametrize("batches", ["1", "1,2,4,8,16,32,64,128,256"])
+def test_each_table_and_the_verdict_say_that_they_are_computed(tmp_path: Path, batches: str) -> None:
+    """In a pipe, at 80 columns, where many batches take several tables of one kind."""
+    (tmp_path / "config.json").write_text(json.dumps(config("Qwen3-30B-A3B")))
+    status, out, _ = run(str(tmp_path), "--gpus", "4", "--gpu", "H200", "--batch", batches, columns=80)
+    assert status == 0
+    said = " ".join(out.split())
+    heads = ("plan batch", "plan weights", "plan collectives")  # what each table begins with, below its title
+    titles = [said[: found.start()][-100:] for head in heads for found in re.finditer(head, said)]
+    assert (len(titles) > 3) == (batches != "1")
+    assert all("computed" in title for title in titles)
+    assert "Verdict (times are computed bounds, not measured)" in said
+
+
 def test_a_folder_with_weights_is_summed_exactly(tmp_path: Path) -> None:
     folder = Model("int4_g32", files=2).write(tmp_path / "model")
     status, out, err = run(str(folder), "--gpus", "2", "--memory", "10", "--json")
@@ -231,6 +247,20 @@ def test_a_bad_config_is_one_clear_error(tmp_path: Path, text: str, message: str
     assert (status, out) == (1, "")
     assert message in err
     assert "config.json" in err
+
+
+@pytest.mark.parametrize("named", ["", "config.json"])
+def test_a_file_that_cannot_be_read_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    status, out, err = run(str(tmp_path / named), "--gpus", "2")
+    assert (status, out) == (1, "")
+    assert f"{tmp_path / 'config.json'}: Permission denied" in err
 
 
 @pytest.mark.parametrize(
