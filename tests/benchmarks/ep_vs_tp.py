@@ -7,7 +7,8 @@
 Launches: TP, TEP, DEP as stock vLLM runs them (EP2TP=off), and the TEP and DEP command lines rewritten by ep2tp
 (EP2TP=on). Links: nvlink (NCCL as it comes), host (NCCL_P2P_DISABLE=1), socket (NCCL_SHM_DISABLE=1 too); the last two
 without vLLM's custom all-reduce. Models (ep_vs_tp_models.py) have published shapes with fewer layers and random
-weights; routing is uniform (VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random), as the planner assumes.
+weights; routing is uniform (VLLM_MOE_ROUTING_SIMULATION_STRATEGY=uniform_random), as the planner assumes, and drawn by
+each data-parallel rank for itself.
 
 One JSON line for the machine, one for each link's calibration, one for each launch and link. A launch that fails or
 hangs is a line with its error, and the rest goes on. Launches that --budget leaves no time for are lines, too.
@@ -237,7 +238,7 @@ class Harness:
             "max_model_len": max(self.options.prefill + 64, self.options.prompt + self.options.steps),
             "max_num_seqs": max(self.options.batches),
             "max_num_batched_tokens": max(self.options.prefill + 64, 2048),
-            "worker_extension_cls": "ep_vs_tp_engine.ParameterBytes",
+            "worker_extension_cls": "ep_vs_tp_engine.Worker",
         }
         if self.options.dry_run:
             return {**shared, "dtype": "bfloat16", "enforce_eager": True, "distributed_executor_backend": "mp"}

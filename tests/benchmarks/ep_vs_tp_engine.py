@@ -18,15 +18,22 @@ from pathlib import Path
 from typing import Any
 
 
-class ParameterBytes:
-    """A ``worker_extension_cls``: what each rank holds."""
+class Worker:
+    """A ``worker_extension_cls``: what each rank holds, and which experts it draws."""
 
     model_runner: Any
+    vllm_config: Any
 
     def parameter_bytes(self) -> int:
         """Bytes of this rank's parameters."""
         model = self.model_runner.get_model()
         return sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def draw_own_experts(self) -> None:
+        """Seed simulated routing by data-parallel rank: vLLM 0.25.1 seeds all alike, and all draw the same experts."""
+        import torch
+
+        torch.manual_seed(self.vllm_config.parallel_config.data_parallel_rank)
 
 
 async def measure(stem: str) -> dict[str, Any]:
@@ -48,7 +55,9 @@ async def measure(stem: str) -> dict[str, Any]:
         "enable_expert_parallel": parallel.enable_expert_parallel,
         "start_seconds": round(time.monotonic() - start, 1),
         "parameter_bytes": await engine.collective_rpc("parameter_bytes"),
+        "own_experts": True,
     }
+    await engine.collective_rpc("draw_own_experts")
     Path(f"{stem}.ready").touch()
     while not Path(f"{stem}.go").exists():
         await asyncio.sleep(0.1)

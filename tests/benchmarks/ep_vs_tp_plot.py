@@ -1,7 +1,7 @@
 """The results of ep_vs_tp.py as an image: ``ep_vs_tp_plot.py OUT.png RESULTS.jsonl...``.
 
 A row for each link, a panel for each batch and one for prefill; a bar is the measured median with its spread, the mark
-on it the planner's bound.
+on it the planner's bound. A hatched one is too short (``shares_experts`` in ep_vs_tp_table.py) and has no mark.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ep_vs_tp_table import launches
+from ep_vs_tp_table import launches, shares_experts
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -36,6 +36,8 @@ def plot(lines: list[dict[str, Any]], title: str, path: Path) -> None:
         row[0].set_ylabel("ms")
     names = [name for name in _COLOURS if any(line["launch"] == name for line in lines)]
     handles: list[Any] = [Patch(color=_COLOURS[name], label=name) for name in names]
+    if any(map(shares_experts, lines)):
+        handles.append(Patch(facecolor="#999999", edgecolor="white", hatch="//", label="too few experts hit"))
     handles.append(Line2D([], [], color="black", linewidth=2, label="planner's bound"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
@@ -47,8 +49,11 @@ def _bar(panel: Any, place: int, line: dict[str, Any], part: str) -> None:
     planner = line["planner"]["built_in"]
     bound = planner["prefill"] if part == "prefill" else planner["decode"][part]
     spread = [[found["ms"] - found["least"]], [found["most"] - found["ms"]]]
-    panel.bar(place, found["ms"], yerr=spread, color=_COLOURS[line["launch"]], width=0.8, ecolor="#555555", capsize=2)
-    panel.plot([place - 0.4, place + 0.4], [bound["ms"]] * 2, color="black", linewidth=2)
+    is_short = part != "prefill" and shares_experts(line)
+    look = {"color": _COLOURS[line["launch"]], "ecolor": "#555555", "hatch": "//" if is_short else None}
+    panel.bar(place, found["ms"], yerr=spread, width=0.8, capsize=2, edgecolor="white", **look)
+    if not is_short:
+        panel.plot([place - 0.4, place + 0.4], [bound["ms"]] * 2, color="black", linewidth=2)
 
 
 def main() -> None:

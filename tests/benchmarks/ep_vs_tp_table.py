@@ -1,7 +1,7 @@
 """The results of ep_vs_tp.py as Markdown rows: ``ep_vs_tp_table.py RESULTS.jsonl...``.
 
 A cell is measured / the planner's figure (error), in ms; where the link was measured, too, the planner's second figure
-and error are with that.
+and error are with that. A cell with † is too short, and has no planner's figure: see :func:`shares_experts`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,14 @@ def launches(paths: Iterable[Path]) -> Iterator[dict[str, Any]]:
     yield from found.values()
 
 
+def shares_experts(line: dict[str, Any]) -> bool:
+    """Whether a launch's data-parallel ranks all drew the same experts, so that its decode steps hit too few.
+
+    So vLLM 0.25.1 does by itself; ep_vs_tp.py did not see to it before it wrote ``own_experts``.
+    """
+    return line.get("data_parallel_size", 1) > 1 and "own_experts" not in line
+
+
 def row(line: dict[str, Any]) -> list[str]:
     """The cells of one launch."""
     place = [line["link"], line["launch"] + ("" if line["cuda_graphs"] else " (eager)")]
@@ -33,7 +41,10 @@ def row(line: dict[str, Any]) -> list[str]:
         return [*place, line["error"]]
     planner = line["planner"]
     ways = [planner["built_in"], *([planner["calibrated"]] if "calibrated" in planner else [])]
-    decode = [_cell(found, [way["decode"][batch] for way in ways]) for batch, found in line["decode"].items()]
+    if shares_experts(line):
+        decode = [_cell(found, []) + " †" for found in line["decode"].values()]
+    else:
+        decode = [_cell(found, [way["decode"][batch] for way in ways]) for batch, found in line["decode"].items()]
     return [*place, *decode, _cell(line["prefill"], [way["prefill"] for way in ways])]
 
 

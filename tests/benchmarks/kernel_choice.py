@@ -62,25 +62,32 @@ def chosen(shape: Shape, candidates: Candidates, lines: list[dict[str, Any]] | N
 
     Args:
         shape: whose candidates they are.
-        candidates: where a number of tokens has none, those of the next one stand in.
+        candidates: where a number of tokens has none, those of the next one stand in, with their longer time.
         lines: of kernel_table.py; a candidate that it timed has its time from there. None: nothing is compared.
     """
     if lines is None:
         yield from ((tokens, by_bits[16]) for tokens, by_bits in sorted(candidates.items()) if 16 in by_bits)
         return
     for line in (line for line in lines if line["shape"] == shape.name):
-        by_bits = next((candidates[most] for most in sorted(candidates) if line["tokens"] <= most), {})
-        limit = line.get("vllm", {}).get("seconds", 0.0)
+        tokens, theirs = line["tokens"], line.get("vllm", {}).get("seconds", 0.0)
+        most = next((most for most in sorted(candidates) if tokens <= most), 0)
+        by_bits = candidates.get(most, {})
         timed = [_timed(by_bits[bits], line) for bits in (16, 8) if bits in by_bits]
-        winner = next((candidate for candidate in timed if candidate.seconds < limit), None)
-        if winner is None:
+        # Runs differ by 2%: a time of another run has to be better by as much, unless it is of more tokens anyway.
+        limits = [theirs if is_same_run or most > tokens else 0.98 * theirs for _, is_same_run in timed]
+        winners = [one for (one, _), limit in zip(timed, limits, strict=True) if one.seconds < limit]
+        if not winners:
             return
-        yield line["tokens"], winner
+        if most == tokens:
+            yield tokens, winners[0]
 
 
-def _timed(candidate: Candidate, line: dict[str, Any]) -> Candidate:
+def _timed(candidate: Candidate, line: dict[str, Any]) -> tuple[Candidate, bool]:
+    """With its time of the line's run, and whether it has one."""
     own = line.get("ep2tp", {})
-    return candidate._replace(seconds=own["seconds"]) if own.get("config") == to_json(candidate.config) else candidate
+    if own.get("config") != to_json(candidate.config):
+        return candidate, False
+    return candidate._replace(seconds=own["seconds"]), True
 
 
 def main() -> None:
