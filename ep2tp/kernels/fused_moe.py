@@ -28,8 +28,8 @@ def fused_moe(
 ) -> Tensor:
     """Sum over each token's experts of ``weight * down(act(gate_up(x)))``.
 
-    Weights are dequantised in registers and multiplied with x as it is; sums are float32; the activation's result is
-    rounded to x's dtype. The result is the same each time: no atomics.
+    Weights are dequantised in registers and multiplied with x as it is, unless ``config`` has ``input_bits`` of 8; sums
+    are float32; the activation's result is rounded to x's dtype. The result is the same each time: no atomics.
 
     Args:
         x: BF16 or FP16 ``[M, K]``; rows may be strided.

@@ -1,8 +1,8 @@
 """What bounds the kernel's passes, by Nsight Compute: ``kernel_profile.py --out profile.json --points dsv3-tp8:64``.
 
 Runs each point once with the shipped tiles, and with each of the ``--sweeps``' fastest, under ``ncu``, with cold caches
-and the GPU's own clocks, and prints a line a launch: microseconds, bytes read from memory, the share of its bandwidth,
-how often a scheduler has an instruction to issue, warps at work, and what the others wait for.
+and the GPU's own clocks, and prints a line a launch: microseconds, the percentage of cycles in which a scheduler issues
+an instruction, warps at work on a multiprocessor, and what the others wait for.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "Memor
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 METRICS = {
     "microseconds": "gpu__time_duration.sum",
-    "memory_share": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
-    "memory_bytes": "dram__bytes_read.sum",
     "issue_share": "smsp__issue_active.avg.pct",
     "warps": "sm__warps_active.avg.per_cycle_active",
     "registers": "launch__registers_per_thread",
