@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -61,15 +60,13 @@ def _visible_gpus() -> int:
 
 
 def _run(ranks: int, backend: str, limit_s: float) -> dict[str, Any]:
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(ranks)}
     with tempfile.TemporaryDirectory(prefix="ep2tp-calibrate-") as folder, ExitStack() as stack:
         result = Path(folder) / "profile.json"
         logs = [Path(folder) / f"{rank}.log" for rank in range(ranks)]
         processes = []
         for rank, log in enumerate(logs):
             process = subprocess.Popen(
-                [sys.executable, "-m", "ep2tp.planner.calibrate", backend, str(result)],
-                env=os.environ | shared | {"RANK": str(rank)},
+                [sys.executable, "-m", "ep2tp.planner.calibrate", backend, str(result), str(rank), str(ranks)],
                 stdout=stack.enter_context(log.open("wb")),
                 stderr=subprocess.STDOUT,
             )
@@ -97,14 +94,14 @@ def _wait(processes: list[subprocess.Popen[bytes]], logs: list[Path], backend: s
             raise Ep2tpError(f"--calibrate: rank {rank} failed: {lines[-1] if lines else f'exit status {status}'}")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def measure(backend: str, meeting: Path, rank: int, ranks: int) -> dict[str, Any]:
+    """Measure as one rank of a process group. Every rank must call it.
 
-
-def measure(backend: str) -> dict[str, Any]:
-    """Measure as one rank of a process group that the environment describes. Every rank must call it.
+    Args:
+        backend: ``nccl`` or ``gloo``.
+        meeting: a file that does not exist, through which the ranks find each other: no port is taken meanwhile.
+        rank: this process'.
+        ranks: how many there are.
 
     Returns:
         The profile: ``collectives`` (op, bytes of the whole payload, median us), ``memory_bandwidth`` in bytes a second
@@ -113,12 +110,12 @@ def measure(backend: str) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    rank, on_gpu = int(os.environ["RANK"]), backend == "nccl"
+    on_gpu = backend == "nccl"
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, device_id=device if on_gpu else None)
-    ranks = dist.get_world_size()
+    place = {"init_method": meeting.as_uri(), "rank": rank, "world_size": ranks}
+    dist.init_process_group(backend, device_id=device if on_gpu else None, **place)
     rows, in_graphs = [], on_gpu
     for size in SIZES if on_gpu else _CPU_SIZES:
         for kind in KINDS:
@@ -227,7 +224,11 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def _main(backend: str, result: str, rank: str, ranks: str) -> None:
+    measured = measure(backend, Path(result).with_name("meeting"), int(rank), int(ranks))
+    if rank == "0":
+        Path(result).write_text(json.dumps(measured), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    measured = measure(sys.argv[1])
-    if os.environ["RANK"] == "0":
-        Path(sys.argv[2]).write_text(json.dumps(measured), encoding="utf-8")
+    _main(*sys.argv[1:])
