@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from kernel_sweep import fastest, input_bits
 
-from ep2tp.kernels.configs import FOLDER, KernelConfig, file_name, from_json, to_json
+from ep2tp.kernels import configs
+from ep2tp.kernels.configs import KernelConfig, file_name, from_json, to_json
 from tests.benchmarks.kernel_timing import SHAPES, Shape
 
 
@@ -52,7 +53,7 @@ def gather(sweeps: list[dict[str, Any]], device: str) -> dict[str, Candidates]:
 
 
 def _entries(device: str, shape: Shape) -> list[dict[str, Any]]:
-    path = FOLDER / file_name(device, str(shape.format))
+    path = configs.FOLDER / file_name(device, str(shape.format))
     shapes = json.loads(path.read_text(encoding="utf-8"))["shapes"] if path.exists() else []
     return [entry for one in shapes if one["name"] == shape.name for entry in one["configs"]]
 
@@ -90,6 +91,28 @@ def _timed(candidate: Candidate, line: dict[str, Any]) -> tuple[Candidate, bool]
     return candidate._replace(seconds=own["seconds"]), True
 
 
+def write_tables(sweeps: list[dict[str, Any]], table: dict[str, Any] | None) -> None:
+    """Write the tables of the sweeps' device; ``table`` is what kernel_table.py measured."""
+    header = sweeps[-1] if sweeps else table
+    assert header is not None, "name a sweep, or a table to compare with"
+    found = gather(sweeps, header["device"])
+    tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for shape in SHAPES.values():
+        lines = [
+            {"max_tokens": tokens, "microseconds": round(seconds * 1e6, 1), "config": to_json(config)}
+            for tokens, (seconds, config) in chosen(shape, found[shape.name], table and table["lines"])
+        ]
+        if lines:
+            key = dict(zip(("E", "K", "I", "top_k"), shape.key, strict=True))
+            tables[str(shape.format)].append({**key, "name": shape.name, "configs": lines})
+    measured = {key: header[key] for key in ("device", "torch", "triton")}
+    configs.FOLDER.mkdir(exist_ok=True)
+    for stored, shapes in tables.items():
+        target = configs.FOLDER / file_name(header["device"], stored)
+        target.write_text(json.dumps({"measured": measured, "shapes": shapes}, indent=1) + "\n", encoding="utf-8")
+        print(target)
+
+
 def main() -> None:
     """Write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -97,24 +120,7 @@ def main() -> None:
     parser.add_argument("--against", type=Path, help="what kernel_table.py measured")
     options = parser.parse_args()
     sweeps = [json.loads(path.read_text(encoding="utf-8")) for path in options.sweeps]
-    table = json.loads(options.against.read_text(encoding="utf-8")) if options.against else None
-    header = sweeps[-1] if sweeps else table
-    assert header is not None, "name a sweep, or a table to compare with"
-    found = gather(sweeps, header["device"])
-    tables: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for shape in SHAPES.values():
-        configs = [
-            {"max_tokens": tokens, "microseconds": round(seconds * 1e6, 1), "config": to_json(config)}
-            for tokens, (seconds, config) in chosen(shape, found[shape.name], table and table["lines"])
-        ]
-        if configs:
-            key = dict(zip(("E", "K", "I", "top_k"), shape.key, strict=True))
-            tables[str(shape.format)].append({**key, "name": shape.name, "configs": configs})
-    measured = {key: header[key] for key in ("device", "torch", "triton")}
-    for stored, shapes in tables.items():
-        target = FOLDER / file_name(header["device"], stored)
-        target.write_text(json.dumps({"measured": measured, "shapes": shapes}, indent=1) + "\n", encoding="utf-8")
-        print(target)
+    write_tables(sweeps, json.loads(options.against.read_text(encoding="utf-8")) if options.against else None)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables of measured configs: what is read is what was written, and a missing entry leaves the engine its kernel."""
+"""Configs: what is read is what was written, and the shipped tables are in order."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from ep2tp.kernels import configs
-from ep2tp.kernels.configs import KernelConfig, PassConfig, choose, default, file_name, from_json, to_json
-from tests.benchmarks.kernel_sweep import write_tables
+from ep2tp.kernels.configs import FOLDER, KernelConfig, PassConfig, default, file_name, from_json, read_table, to_json
 from tests.kernels.layers import FP8
 
 FEW = KernelConfig(PassConfig(8, 512, 8, 6), PassConfig(16, 2048, 4, 1), by_pair=True, by_token=True, overlap=True)
 MANY = KernelConfig(PassConfig(32, 128, 2, 4), PassConfig(64, 256, 4, 1), by_pair=False, by_token=False, pairs=8)
 DEVICE = "NVIDIA H100 80GB HBM3"
-DSV3_TP8 = (256, 7168, 256, 8)
 
 
 def test_json_keeps_everything() -> None:
@@ -25,38 +22,13 @@ def test_json_keeps_everything() -> None:
         assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 
-def test_a_sweep_becomes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fastest right result of each number of tokens; a wrong or a slower one is left out."""
-
-    def line(tokens: int, config: KernelConfig, seconds: float, error: float = 2e-3) -> dict[str, object]:
-        figures = {"seconds": seconds, "floor_seconds": 15e-6, "error": error}
-        return {"shape": "dsv3-tp8", "tokens": tokens, "pass": "both", "config": to_json(config), **figures}
-
-    results = [line(1, MANY, 30e-6), line(1, FEW, 20e-6), line(8, MANY, 120e-6), line(8, FEW, 1e-6, error=0.5)]
-    sweep = tmp_path / "sweep.json"
-    header = {"device": DEVICE, "torch": "2", "triton": "3", "copy_bytes_per_s": 3e12}
-    sweep.write_text(json.dumps({**header, "results": results}))
-    monkeypatch.setattr(configs, "FOLDER", tmp_path / "configs")
-    configs._cached_table.cache_clear()
-    write_tables([sweep])
-    assert [choose(DEVICE, DSV3_TP8, FP8, tokens) for tokens in (1, 2, 8, 9)] == [FEW, MANY, MANY, None]
-    assert choose(DEVICE, (128, 7168, 256, 8), FP8, 1) is None
-    assert choose("another", DSV3_TP8, FP8, 1) is None
-    configs._cached_table.cache_clear()
-    table = tmp_path / "table.json"
-    for lines, few in (([faster(1, "ep2tp"), faster(8, "vllm")], FEW), ([faster(1, "vllm")], None), ([], None)):
-        table.write_text(json.dumps({"lines": lines}))
-        for path in configs.FOLDER.iterdir():
-            path.unlink()
-        write_tables([sweep], table)
-        configs._cached_table.cache_clear()
-        assert [choose(DEVICE, DSV3_TP8, FP8, tokens) for tokens in (1, 2, 8)] == [few, None, None]
-    configs._cached_table.cache_clear()
-
-
-def faster(tokens: int, name: str) -> dict[str, object]:
-    """A line of kernel_table.py."""
-    return {"shape": "dsv3-tp8", "tokens": tokens, "vllm": {"seconds": 3e-5 if name == "ep2tp" else 1e-6}}
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_tables_are_in_order(path: Path) -> None:
+    table = read_table(path)
+    assert table
+    for lines in table.values():
+        tokens = [most for most, _ in lines]
+        assert tokens == sorted(set(tokens))
 
 
 def test_file_names_have_no_spaces() -> None:
