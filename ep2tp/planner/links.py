@@ -125,8 +125,8 @@ def built_in() -> Mapping[str, Link]:
     return found
 
 
-# What each was measured over, and the microseconds of a further ring step (assumed: NCCL's own tuning table's order; on
-# four H100s, NVLink's and host memory's proved right within 12% up to 64 KB, docs/planning.md).
+# What each was measured over, and the microseconds of a further ring step (assumed: NCCL's own tuning table's order;
+# for NVLink and host memory borne out by four H100s, docs/planning.md).
 _MEASURED = {
     "nvlink": ("NVLink", 0.6),
     "host": ("host memory (NCCL_P2P_DISABLE=1)", 1.0),

@@ -205,14 +205,15 @@ class Harness:
         until = time.monotonic() + limit
         while not all(engine.is_ready for engine in engines) and time.monotonic() < until:
             time.sleep(0.2)
-        failed = [engine.case for engine in engines if self._finish(engine, profiles[engine.case.link], until)]
+        errors = [self._finish(engine, profiles[engine.case.link], until) for engine in engines]
+        failed = [e.case for e, error in zip(engines, errors, strict=True) if error and not _is_refusal(error)]
         for engine in engines:
             _end_group(engine.process)
         if failed and not is_eager and time.monotonic() < until:
             self._run_cases(failed, profiles, True)
 
-    def _finish(self, engine: Engine, profile: Profile | None, until: float) -> bool:
-        """Let an engine be timed, and write its line; whether it failed and might run without CUDA graphs."""
+    def _finish(self, engine: Engine, profile: Profile | None, until: float) -> str | None:
+        """Let an engine be timed, and write its line; its error, if it failed."""
         status = engine.time_it(max(until, time.monotonic() + 30))
         log = engine.path("log").read_text(encoding="utf-8", errors="replace")
         shared = {"kind": "launch", **vars(engine.case), "cuda_graphs": not engine.is_eager}
@@ -220,14 +221,14 @@ class Harness:
         if not engine.path("result.json").is_file():
             error = _failure(status, log)
             self._line(**shared, error=error, log_tail=log[-1500:])
-            return "divisible" not in error
+            return error
         result = json.loads(engine.path("result.json").read_text(encoding="utf-8"))
         found = re.search(r"Model loading took ([\d.]+) GiB", log)
         reported = round(float(found[1]) * 1024**3 / GB, 3) if found else None
         result["weights_gb"] = reported or round(max(result["parameter_bytes"]) / GB, 3)
         line = {**shared, **result}
         self._line(**line, planner=figures(self.machine, line, profile))
-        return False
+        return None
 
     def _engine(self, is_eager: bool) -> dict[str, Any]:
         shared: dict[str, Any] = {
@@ -281,6 +282,11 @@ def _failure(status: int, log: str) -> str:
     if "Worker failed" in reason and (bare := re.search(r"\b\w+Error$", log, re.MULTILINE)):
         reason = bare.group()  # an error without a message
     return reason[:500]
+
+
+def _is_refusal(error: str) -> bool:
+    """Whether an engine refused the sizes, with CUDA graphs or without."""
+    return "divisible" in error or "group_size == 0" in error
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

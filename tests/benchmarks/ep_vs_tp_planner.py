@@ -83,6 +83,14 @@ def _error(computed: float, measured: float) -> float | None:
     return round(computed / measured - 1, 4) if measured > 0 else None
 
 
+def stored_profile(stored: dict[str, Any]) -> Profile:
+    """The profile that a results line holds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "profile.json"
+        path.write_text(json.dumps(stored), encoding="utf-8")
+        return read_profile(path)
+
+
 def recomputed(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a results file, with the figures of this planner."""
     machine: dict[str, Any] = {}
@@ -92,10 +100,7 @@ def recomputed(path: Path) -> Iterator[dict[str, Any]]:
         if line["kind"] == "machine":
             machine, profiles = line, {}
         elif line["kind"] == "calibration" and "profile" in line:
-            with tempfile.TemporaryDirectory() as folder:
-                stored = Path(folder) / "profile.json"
-                stored.write_text(json.dumps(line["profile"]), encoding="utf-8")
-                profiles[line["link"]] = read_profile(stored)
+            profiles[line["link"]] = stored_profile(line["profile"])
         elif "planner" in line:
             card = machine["gpus"].splitlines()[1].split(",")[0]
             line["planner"] = figures(machine, line, profiles.get(line["link"]), card)

@@ -74,8 +74,8 @@ def chosen(shape: Shape, candidates: Candidates, lines: list[dict[str, Any]] | N
         most = next((most for most in sorted(candidates) if tokens <= most), 0)
         by_bits = candidates.get(most, {})
         timed = [_timed(by_bits[bits], line) for bits in (16, 8) if bits in by_bits]
-        # Runs differ by 2%: a time of another run has to be better by as much, unless it is of more tokens anyway.
-        limits = [theirs if is_same_run or most > tokens else 0.98 * theirs for _, is_same_run in timed]
+        # Runs differ by 2%: a time of another run has to be better by as much.
+        limits = [theirs if is_same_run else 0.98 * theirs for _, is_same_run in timed]
         winners = [one for (one, _), limit in zip(timed, limits, strict=True) if one.seconds < limit]
         if not winners:
             return

@@ -28,15 +28,22 @@ METRICS = {
     "shared_bytes": "launch__shared_mem_per_block_dynamic",
     "waves": "launch__waves_per_multiprocessor",
 }
+SCALES = {"": 1, "%": 1, "inst": 1, "warp": 1, "register": 1, "byte": 1, "Kbyte": 1e3, "Mbyte": 1e6}
+SCALES |= {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "msecond": 1e3}
 
 
-def run(points: list[tuple[str, int]], sweeps: list[Path]) -> None:
-    """In the profiled process: every config once to compile, and once to be profiled."""
+def run(points: list[tuple[str, int]], sweeps: list[Path], order: Path) -> None:
+    """In the profiled process: every config once to compile, and once to be profiled.
+
+    ``order`` gets what each launch is of.
+    """
     import torch
 
+    from ep2tp.kernels.configs import to_json
     from ep2tp.kernels.fused_moe import fused_moe
     from tests.benchmarks.kernel_timing import SHAPES, make_batches, make_layer
 
+    of_launches: list[dict[str, Any]] = []
     for name, tokens in points:
         shape = SHAPES[name]
         gate_up, down = make_layer(shape)
@@ -49,8 +56,11 @@ def run(points: list[tuple[str, int]], sweeps: list[Path]) -> None:
             fused_moe(*operands, config=config)
             torch.cuda.synchronize()
             torch.cuda.profiler.stop()
+            launched = 2 if config.by_token else 3  # by expert, a third one sums
+            of_launches += [{"shape": name, "tokens": tokens, "config": to_json(config)}] * launched
         del gate_up, down
         torch.cuda.empty_cache()
+    order.write_text(json.dumps(of_launches), encoding="utf-8")
 
 
 def configs(name: str, tokens: int, sweeps: list[Path]) -> Iterator[Any]:
@@ -86,17 +96,16 @@ def launches(text: str) -> Iterator[dict[str, Any]]:
             name = next((name for name in names if name.startswith(metric)), None)
             line[key] = _number(found[name], scale[name]) if name else None
         stalls = {match[1]: _number(found[name], "") for name in names if (match := STALL.match(name))}
-        line["waits"] = dict(sorted(stalls.items(), key=lambda item: -item[1])[:4])
+        line["waits"] = dict(sorted(stalls.items(), key=lambda item: -item[1]))
         yield line
 
 
 def _number(text: str, unit: str) -> float:
     """In microseconds or bytes, where the unit is of time or size."""
-    scales = {"ns": 1e-3, "us": 1, "ms": 1e3, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Kbyte/block": 1e3}
-    try:
-        return float(text.replace(",", "")) * scales.get(unit, 1)
-    except ValueError:
-        return float("nan")
+    amount, _, _ = unit.partition("/")
+    if amount not in SCALES:
+        raise SystemExit(f"ncu has a unit {unit!r}, which this script does not know")
+    return float(text.replace(",", "")) * SCALES[amount]
 
 
 def main() -> None:
@@ -109,7 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     points = [(name, int(tokens)) for name, _, tokens in (point.partition(":") for point in options.points.split(","))]
     if options.run:
-        run(points, options.sweeps)
+        run(points, options.sweeps, options.out.with_suffix(".order"))
         return
     sections = [word for section in SECTIONS for word in ("--section", section)]
     own = [sys.executable, *sys.argv, "--run"]
@@ -117,11 +126,14 @@ def main() -> None:
     done = subprocess.run([*profiler, *own], stdout=subprocess.PIPE, text=True)
     if done.returncode or '"ID"' not in done.stdout:
         raise SystemExit(f"ncu ended with {done.returncode}:\n{done.stdout[-3000:]}")
-    found = list(launches(done.stdout))
+    order = options.out.with_suffix(".order")
+    of_launches = json.loads(order.read_text(encoding="utf-8"))
+    order.unlink()
+    found = [{**of, **launch} for of, launch in zip(of_launches, launches(done.stdout), strict=True)]
     options.out.write_text(json.dumps({"command": sys.argv, "launches": found}, indent=1) + "\n", encoding="utf-8")
     for line in found:
-        waits = ", ".join(f"{name} {value:.1f}" for name, value in line.pop("waits").items())
-        print(" | ".join(f"{key} {value}" for key, value in line.items()), "|", waits)
+        waits = ", ".join(f"{name} {value:.1f}" for name, value in list(line.pop("waits").items())[:4])
+        print(" | ".join(f"{key} {value}" for key, value in line.items() if key != "config"), "|", waits)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ import os
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -154,24 +156,34 @@ def sweep_point(sweep: Sweep, shape: Any, tokens: int, layer: Any) -> None:
         best[which] = shortlist(best[which])
 
     floor = bytes_read(gate_up, down, batches) / sweep.header["copy_bytes_per_s"]
-    for overlap in (True, False) if tokens == 1 else (True,):
-        for one in best["gate_up"] if overlap else best["gate_up"][:1]:
-            for two in best["down"] if overlap else best["down"][:1]:
-                pairs = one.pairs if two.by_token else two.pairs  # of whichever pass is by expert
-                config = replace(two, gate_up=one.gate_up, by_pair=one.by_pair, pairs=pairs, overlap=overlap)
-                if input_bits(one) > input_bits(two):
-                    continue  # neither as exact as inputs of 16 bits nor as fast as those of 8
-                if sweep.is_late:
-                    return
-                try:
-                    error = error_of(config)
-                    times = seconds_a_call(both(config))
-                except Exception as problem:
-                    sweep.keep(shape, tokens, "both", config, failure=f"{type(problem).__name__}: {problem}"[:300])
-                    continue
-                figures = {"seconds": statistics.median(times), "least": times[0], "floor_seconds": floor}
-                sweep.keep(shape, tokens, "both", config, error=error, **figures)
+    for config in together(best["gate_up"], best["down"], with_plain=tokens == 1):
+        if sweep.is_late:
+            return
+        try:
+            error = error_of(config)
+            times = seconds_a_call(both(config))
+        except Exception as problem:
+            sweep.keep(shape, tokens, "both", config, failure=f"{type(problem).__name__}: {problem}"[:300])
+            continue
+        figures = {"seconds": statistics.median(times), "least": times[0], "floor_seconds": floor}
+        sweep.keep(shape, tokens, "both", config, error=error, **figures)
     sweep.save()
+
+
+def together(firsts: list[Any], seconds: list[Any], with_plain: bool) -> Iterator[Any]:
+    """Each first pass with each second one, with the pairs a product of either of them that is by expert.
+
+    Args:
+        firsts: configs whose first pass counts.
+        seconds: configs whose second pass counts.
+        with_plain: also the fastest of both without overlap.
+    """
+    for one, two in product(firsts, seconds):
+        pairs = {config.pairs for config, alone in ((one, one.by_pair), (two, two.by_token)) if not alone}
+        for count in sorted(pairs or {two.pairs}):
+            yield replace(two, gate_up=one.gate_up, by_pair=one.by_pair, pairs=count, overlap=True)
+    if with_plain and firsts and seconds:
+        yield replace(seconds[0], gate_up=firsts[0].gate_up, by_pair=firsts[0].by_pair, overlap=False)
 
 
 def input_bits(config: Any) -> int:
@@ -199,8 +211,9 @@ def fastest(results: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, An
 
 def is_right(line: dict[str, Any]) -> bool:
     """Whether a result is near the reference."""
-    inputs = min(line["config"][which].get("input_bits", 16) for which in ("gate_up", "down"))
-    return bool(line["error"] < ERROR_LIMITS[inputs])
+    from ep2tp.kernels.configs import from_json
+
+    return bool(line["error"] < ERROR_LIMITS[input_bits(from_json(line["config"]))])
 
 
 def print_table(header: dict[str, Any], results: list[dict[str, Any]]) -> None:

@@ -61,7 +61,8 @@ def test_times_of_another_run_need_a_margin() -> None:
 
 
 def test_a_config_of_more_tokens_stands_in_and_is_listed_once() -> None:
-    assert shipped({4: (0.99, None)}, {1: 1.0, 2: 1.0, 4: 2.0}) == [(4, 16)]
+    assert shipped({4: (0.97, None)}, {1: 1.0, 2: 1.0, 4: 2.0}) == [(4, 16)]
+    assert shipped({4: (0.99, None)}, {1: 1.0, 2: 1.0, 4: 2.0}) == []
     assert shipped({4: (1.5, None)}, {1: 1.0, 2: 1.0, 4: 2.0}) == []
 
 

@@ -50,7 +50,10 @@ def test_fit_to_the_measurements(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "reduce_scatter"])
 @pytest.mark.parametrize("name", ["nvlink", "host"])
 def test_two_ranks_foretell_four(name: str, kind: str) -> None:
-    """What was measured on four H100s, from the fit to two and the assumed latency of a further step."""
+    """What was measured on four H100s, from the fit to two and the assumed latency of a further step.
+
+    all_to_all, which no plan's time holds, is up to 47% off.
+    """
     stored = Path(__file__).parents[2] / "docs" / "results" / f"links-{name}-4xH100.json"
     assert read_profile(stored).link.ranks == 4
     rows = [row for row in json.loads(stored.read_text())["collectives"] if row["op"] == kind]

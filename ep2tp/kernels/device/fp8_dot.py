@@ -15,7 +15,7 @@ from ep2tp.kernels.device.scales import load_scales
 def load_quantised(inputs, start, live, LENGTH: tl.constexpr, COLUMNS: tl.constexpr):
     """FP8 inputs ``[columns, pairs]`` and their float32 scales ``[pairs]``; pairs that are not live read zeros.
 
-    A group with NaN or infinity in it becomes NaN.
+    NaN stays NaN; a group with infinity in it becomes NaN or zeros, and its scale infinite. So no sum hides either.
     """
     column = start + tl.arange(0, COLUMNS)[:, None]
     found = tl.load(inputs[None, :] + column, mask=(column < LENGTH) & live[None, :], other=0.0).to(tl.float32)
