@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import statistics
 import sys
@@ -44,7 +45,7 @@ async def measure(stem: str) -> dict[str, Any]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     request = json.loads(Path(f"{stem}.request.json").read_text(encoding="utf-8"))
-    start = time.monotonic()
+    start, harness = time.monotonic(), os.getppid()
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**request["engine"]))
     parallel = engine.vllm_config.parallel_config
     result: dict[str, Any] = {
@@ -60,6 +61,9 @@ async def measure(stem: str) -> dict[str, Any]:
     await engine.collective_rpc("draw_own_experts")
     Path(f"{stem}.ready").touch()
     while not Path(f"{stem}.go").exists():
+        if os.getppid() != harness:  # it was killed: nobody else ends an engine, which holds its GPU memory
+            engine.shutdown()
+            sys.exit("the harness has ended")
         await asyncio.sleep(0.1)
     timer = Timer(engine, request, parallel.data_parallel_size)
     result["decode"] = {str(batch): await timer.decode(batch) for batch in request["batches"]}

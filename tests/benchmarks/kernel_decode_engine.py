@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ async def serve(stem: str) -> None:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     request = json.loads(Path(f"{stem}.request.json").read_text(encoding="utf-8"))
-    start = time.monotonic()
+    start, harness = time.monotonic(), os.getppid()
     profiler = ProfilerConfig(**request["engine"].pop("profiler_config"))
     request["traces"] = profiler.torch_profiler_dir
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(profiler_config=profiler, **request["engine"]))
@@ -39,7 +40,7 @@ async def serve(stem: str) -> None:
     facts = {"vllm": vllm.__version__, "torch": torch.__version__, "start_seconds": round(time.monotonic() - start, 1)}
     _write(f"{stem}.ready", facts)
     turn = 0
-    while not Path(f"{stem}.stop").exists():
+    while not Path(f"{stem}.stop").exists() and os.getppid() == harness:  # killed, it says nothing
         if Path(f"{stem}.turn-{turn}.go").exists():
             _write(f"{stem}.turn-{turn}.json", {str(b): (await timer.decode(b))["ms"] for b in request["batches"]})
             turn += 1
