@@ -45,11 +45,16 @@ class Server:
         commands: the command of each process by its log, for the port that the server answers on. Called once a start,
             so that other ports, and files that a command writes, can be new ones.
         environment: variables beside this process's own.
+
+    Attributes:
+        url: of the server, since its last start.
+        processes: likewise, by node.
+        logs: likewise.
     """
 
     def __init__(self, commands: Callable[[int], Mapping[Path, Sequence[str]]], environment: Mapping[str, str]) -> None:
         self._commands, self._environment = commands, os.environ | dict(environment)
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
         self._start()
 
     def generate(self, prompt: list[int], max_tokens: int) -> list[int]:
@@ -57,7 +62,7 @@ class Server:
         self.ask_when_ready("/health")
         sampling = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "detokenize": False}
         body = {"token_ids": prompt, "sampling_params": sampling}
-        return list(json.loads(ask(f"{self._url}/inference/v1/generate", body))["choices"][0]["token_ids"])
+        return list(json.loads(ask(f"{self.url}/inference/v1/generate", body))["choices"][0]["token_ids"])
 
     def ask_when_ready(self, path: str, body: dict[str, Any] | None = None) -> bytes:
         """The first answer.
@@ -75,21 +80,21 @@ class Server:
 
     def stop(self) -> str:
         """End all processes; returns what they logged since the last start."""
-        while self._processes:
-            process = self._processes.pop()
+        while self.processes:
+            process = self.processes.pop()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return "".join(log.read_text(errors="replace") for log in self._logs)
+        return "".join(log.read_text(errors="replace") for log in self.logs)
 
     def _start(self) -> None:
         self.port = free_port()
-        self._url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://127.0.0.1:{self.port}"
         commands = self._commands(self.port)
-        self._logs = list(commands)
+        self.logs = list(commands)
         for log, command in commands.items():
             with log.open("wb") as stream:
-                self._processes.append(
+                self.processes.append(
                     subprocess.Popen(
                         command,
                         stdout=stream,
@@ -102,13 +107,13 @@ class Server:
     def _first_answer(self, path: str, body: dict[str, Any] | None) -> bytes | None:
         """None where a process ends before."""
         for _ in range(240):
-            if any(process.poll() is not None for process in self._processes):
+            if any(process.poll() is not None for process in self.processes):
                 return None
             try:
-                return ask(self._url + path, body)
+                return ask(self.url + path, body)
             except OSError:
                 time.sleep(1)
         raise AssertionError(self._log_ends())
 
     def _log_ends(self) -> str:
-        return "\n".join(f"{log.name}: ...{log.read_text(errors='replace')[-3000:]}" for log in self._logs)
+        return "\n".join(f"{log.name}: ...{log.read_text(errors='replace')[-3000:]}" for log in self.logs)
