@@ -7,46 +7,34 @@ rank included. An estimate. Two where the link was measured, too: with the card'
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 from typing import Any
 
-from ep_vs_tp_planner import figures, stored_profile
+from ep_vs_tp_planner import with_planner
 from ep_vs_tp_table import shares_experts
 
-from ep2tp.planner.profile import Profile
+BATCHES = ("16", "64")
 
 
-def estimates(path: Path, batches: tuple[str, ...] = ("16", "64")) -> Iterator[tuple[str, list[dict[str, float]]]]:
+def estimates(path: Path) -> Iterator[tuple[str, list[dict[str, float]]]]:
     """(link, milliseconds by batch: with the card's bandwidth, then with the measured one) of each such launch."""
-    machine: dict[str, Any] = {}
-    profiles: dict[str, Profile] = {}
-    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-        if line["kind"] == "machine":
-            machine, profiles = line, {}
-        elif "profile" in line:
-            profiles[line["link"]] = stored_profile(line["profile"])
-        elif "decode" in line and shares_experts(line):
-            parts = {str(-(-int(batch) // line["ranks"])): line["decode"][batch] for batch in batches}
-            card = machine["gpus"].splitlines()[1].split(",")[0]
-            whole, part = (
-                figures(machine, {**line, "decode": decode}, profiles.get(line["link"]), card)
-                for decode in ({batch: line["decode"][batch] for batch in batches}, parts)
-            )
-            yield (
-                line["link"],
-                [
-                    {
-                        batch: round(line["decode"][batch]["ms"] + _experts(ours) - _experts(theirs), 1)
-                        for batch, ours, theirs in zip(
-                            batches, whole[way]["decode"].values(), part[way]["decode"].values(), strict=True
-                        )
-                    }
-                    for way in whole
-                ],
-            )
+    for line, planner in with_planner(path):
+        if "decode" in line and shares_experts(line):
+            found = {batch: line["decode"][batch] for batch in BATCHES}
+            drawn = {batch: str(ceil(int(batch) / line["ranks"])) for batch in BATCHES}
+            whole = planner({**line, "decode": found})
+            part = planner({**line, "decode": {drawn[batch]: found[batch] for batch in BATCHES}})
+            yield line["link"], [_estimate(found, drawn, whole[way]["decode"], part[way]["decode"]) for way in whole]
+
+
+def _estimate(
+    found: dict[str, Any], drawn: dict[str, str], whole: dict[str, Any], part: dict[str, Any]
+) -> dict[str, float]:
+    """By batch: measured, plus what its experts take, less what those take that were drawn."""
+    return {b: round(found[b]["ms"] + _experts(whole[b]) - _experts(part[drawn[b]]), 1) for b in found}
 
 
 def _experts(step: dict[str, float]) -> float:

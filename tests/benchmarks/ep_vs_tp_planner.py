@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def _error(computed: float, measured: float) -> float | None:
     return round(computed / measured - 1, 4) if measured > 0 else None
 
 
-def stored_profile(stored: dict[str, Any]) -> Profile:
+def _stored_profile(stored: dict[str, Any]) -> Profile:
     """The profile that a results line holds."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "profile.json"
@@ -91,19 +91,31 @@ def stored_profile(stored: dict[str, Any]) -> Profile:
         return read_profile(path)
 
 
-def recomputed(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a results file, with the figures of this planner."""
+Planner = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def with_planner(path: Path) -> Iterator[tuple[dict[str, Any], Planner]]:
+    """The lines of a results file, each with :func:`figures` for launches of its machine and links measured so far."""
     machine: dict[str, Any] = {}
     profiles: dict[str, Profile] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
+
+    def planner(launch: dict[str, Any]) -> dict[str, Any]:
+        card = machine["gpus"].splitlines()[1].split(",")[0]
+        return figures(machine, launch, profiles.get(launch["link"]), card)
+
+    for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
         if line["kind"] == "machine":
             machine, profiles = line, {}
         elif line["kind"] == "calibration" and "profile" in line:
-            profiles[line["link"]] = stored_profile(line["profile"])
-        elif "planner" in line:
-            card = machine["gpus"].splitlines()[1].split(",")[0]
-            line["planner"] = figures(machine, line, profiles.get(line["link"]), card)
+            profiles[line["link"]] = _stored_profile(line["profile"])
+        yield line, planner
+
+
+def recomputed(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a results file, with the figures of this planner."""
+    for line, planner in with_planner(path):
+        if "planner" in line:
+            line["planner"] = planner(line)
         yield line
 
 

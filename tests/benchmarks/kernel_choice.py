@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kernel_sweep import fastest, input_bits
+from kernel_sweep import fastest, fastest_of_each, input_bits
 
 from ep2tp.kernels import configs
 from ep2tp.kernels.configs import KernelConfig, file_name, from_json, to_json
@@ -45,10 +45,9 @@ def gather(sweeps: list[dict[str, Any]], device: str) -> dict[str, Candidates]:
         for entry in _entries(device, shape):
             add(shape.name, entry["max_tokens"], Candidate(entry["microseconds"] / 1e6, from_json(entry["config"])))
     for sweep in sweeps:
-        for bits in (16, 8):
-            lines = [one for one in sweep["results"] if input_bits(from_json(one["config"])) == bits]
-            for (name, tokens), line in fastest(lines).items():
-                add(name, tokens, Candidate(line["seconds"], from_json(line["config"])))
+        for name, tokens in fastest(sweep["results"]):
+            for timed in fastest_of_each(sweep["results"], name, tokens):
+                add(name, tokens, Candidate(*timed))
     return found
 
 

@@ -66,19 +66,16 @@ def run(points: list[tuple[str, int]], sweeps: list[Path], order: Path) -> None:
 def configs(name: str, tokens: int, sweeps: list[Path]) -> Iterator[Any]:
     """The shipped config of a point, if there is one, and each sweep's fastest with inputs of 16 and of 8 bits."""
     import torch
-    from kernel_sweep import fastest, input_bits
+    from kernel_sweep import fastest_of_each
 
-    from ep2tp.kernels.configs import choose, from_json
+    from ep2tp.kernels.configs import choose
     from tests.benchmarks.kernel_timing import SHAPES
 
     shipped = choose(torch.cuda.get_device_name(), SHAPES[name].key, SHAPES[name].format, tokens)
     found = [shipped] if shipped else []
     for path in sweeps:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
-        for bits in (16, 8):
-            lines = [line for line in results if input_bits(from_json(line["config"])) == bits]
-            if (name, tokens) in (best := fastest(lines)):
-                found.append(from_json(best[name, tokens]["config"]))
+        found += [config for _, config in fastest_of_each(results, name, tokens)]
     yield from dict.fromkeys(found)
 
 

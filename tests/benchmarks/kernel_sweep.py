@@ -209,6 +209,16 @@ def fastest(results: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, An
     return best
 
 
+def fastest_of_each(results: list[dict[str, Any]], name: str, tokens: int) -> Iterator[tuple[float, Any]]:
+    """(seconds, config) of a point's :func:`fastest` with inputs of 16 bits, and with inputs of 8."""
+    from ep2tp.kernels.configs import from_json
+
+    here = [line for line in results if (line["shape"], line["tokens"]) == (name, tokens)]
+    for bits in (16, 8):
+        for line in fastest([line for line in here if input_bits(from_json(line["config"])) == bits]).values():
+            yield line["seconds"], from_json(line["config"])
+
+
 def is_right(line: dict[str, Any]) -> bool:
     """Whether a result is near the reference."""
     from ep2tp.kernels.configs import from_json
