@@ -7,14 +7,19 @@
 #
 # Both run on PyTorch's CPU build. Where pip's own index has only CUDA builds of torch, name PyTorch's:
 #   make demo EXTRA_INDEX=https://download.pytorch.org/whl/cpu
+# Tests run in two processes; where there are more cores and memory, in more:
+#   make test WORKERS=4
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_SGLANG ?= .venv-sglang
 VENV_DOCS ?= .venv-docs
 EXTRA_INDEX ?=
+WORKERS ?= 2
 TESTS_SGLANG ?= $(wildcard tests/engines/test_sglang_*.py)
 INSTALL = --disable-pip-version-check install $(if $(EXTRA_INDEX),--extra-index-url $(EXTRA_INDEX))
+# So many files of tests at a time; an engine of two ranks keeps two cores busy.
+PYTEST = -m pytest --numprocesses $(WORKERS) --dist loadfile
 PIP = $(VENV)/bin/pip $(INSTALL)
 PIP_SGLANG = $(VENV_SGLANG)/bin/pip $(INSTALL)
 PIP_DOCS = $(VENV_DOCS)/bin/pip $(INSTALL)
@@ -30,14 +35,14 @@ demo-sglang: $(VENV_SGLANG)/ready
 test: test-vllm test-kernels test-sglang
 
 test-vllm: $(VENV)/ready
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python $(PYTEST) $(TESTS)
 
 # Triton's interpreter is chosen when triton is imported, so that its tests have a process of their own.
 test-kernels: $(VENV)/ready
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest tests/kernels
+	TRITON_INTERPRET=1 $(VENV)/bin/python $(PYTEST) --dist load tests/kernels
 
 test-sglang: $(VENV_SGLANG)/ready
-	$(VENV_SGLANG)/bin/python -m pytest $(TESTS_SGLANG)
+	$(VENV_SGLANG)/bin/python $(PYTEST) $(TESTS_SGLANG)
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check ep2tp tests docs examples

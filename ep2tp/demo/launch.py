@@ -17,6 +17,7 @@ from typing import Any
 
 from ep2tp.demo.engines import VLLM, DemoEngine
 
+STARTS = 3  # of an engine, where a port that was free is another program's by the time it is bound
 PROMPTS = [[3, 5, 7, 11, 13], [100, 200, 300], [42], [9, 8, 7, 6, 5, 4, 3, 2, 1, 10, 11, 12]]
 
 
@@ -54,6 +55,11 @@ class EngineRun:
         return f"exit status {self.returncode}"
 
 
+def says_port_is_taken(log: str) -> bool:
+    """Whether asyncio, torch, ZeroMQ or SGLang says so somewhere."""
+    return re.search(r"(address|port) .*in use", log, re.IGNORECASE) is not None
+
+
 def run_engine(
     folder: Path,
     name: str,
@@ -63,7 +69,7 @@ def run_engine(
     max_tokens: int = 12,
     limit_s: int = 300,
 ) -> EngineRun:
-    """Run one engine on :data:`PROMPTS`.
+    """Run one engine on :data:`PROMPTS`; anew where a port was taken.
 
     Args:
         folder: where the request, the result and the log go.
@@ -79,10 +85,14 @@ def run_engine(
     request.write_text(json.dumps(asked), encoding="utf-8")
     result.unlink(missing_ok=True)
     environment = os.environ | dict(engine.environment) | {"EP2TP": mode}
-    started = time.monotonic()
-    returncode = run_logged([sys.executable, "-m", engine.module, str(request), str(result)], environment, log, limit_s)
-    seconds = time.monotonic() - started
-    text = log.read_text(encoding="utf-8", errors="replace")
+    command = [sys.executable, "-m", engine.module, str(request), str(result)]
+    for _ in range(STARTS):
+        started = time.monotonic()
+        returncode = run_logged(command, environment, log, limit_s)
+        seconds = time.monotonic() - started
+        text = log.read_text(encoding="utf-8", errors="replace")
+        if returncode == 0 or not says_port_is_taken(text):
+            break
     found = json.loads(result.read_text(encoding="utf-8")) if returncode == 0 and result.is_file() else None
     return EngineRun(returncode, found, text, seconds, engine)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -15,18 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_STARTS = 3
+from ep2tp.demo.launch import STARTS, says_port_is_taken
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def says_port_is_taken(log: str) -> bool:
-    """Whether asyncio, torch, ZeroMQ or SGLang says so somewhere."""
-    return re.search(r"(address|port) .*in use", log, re.IGNORECASE) is not None
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> bytes:
@@ -73,7 +67,7 @@ class Server:
         starts = 1
         while (answer := self._first_answer(path, body)) is None:
             log = self.stop()
-            assert starts < _STARTS and says_port_is_taken(log), self._log_ends()
+            assert starts < STARTS and says_port_is_taken(log), self._log_ends()
             self._start()
             starts += 1
         return answer

@@ -11,15 +11,15 @@ pytest.importorskip("vllm")
 from ep2tp.demo.launch import PROMPTS
 from ep2tp.observe.source import read_source
 from ep2tp.observe.verdict import judge
-from tests.engines.conftest import tiny_model
-from tests.engines.test_vllm_serve import MODEL, served
+from tests.engines.conftest import ODD, tiny_model
+from tests.engines.test_vllm_serve import served
 
 pytestmark = pytest.mark.engine
 
 
 def test_a_rewritten_recipe_is_seen_as_tp_from_every_side(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
-    server = served(tiny_model(tiny_models, MODEL), tiny_models, nodes=1)
+    server = served(tiny_model(tiny_models, ODD), tiny_models, nodes=1)
     try:
         server.generate(PROMPTS[0], max_tokens=2)
         sources = {

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ep2tp.demo.launch import says_port_is_taken
 from tests.engines import serving
-from tests.engines.serving import Server, free_port, says_port_is_taken
+from tests.engines.serving import Server, free_port
 
 SERVER = """
 import sys

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ from ep2tp.checkpoint.reshard import reshard
 from ep2tp.demo.engines import SGLANG
 from ep2tp.demo.launch import EngineRun, run_engine
 from ep2tp.demo.tiny import TinyModel
-from tests.engines.conftest import tiny_model
+from tests.engines.conftest import ODD, OneRank, tiny_model
 
 pytestmark = pytest.mark.engine
 
 # 75 and 325 do not divide by 2.
 MODELS = {
     "deepseek_v2": TinyModel("deepseek_v2", heads=8, expert_size=75, shared_experts=2, dense_size=325),
-    "deepseek_v3": TinyModel("deepseek_v3", expert_size=75, shared_experts=2, dense_size=325),
+    "deepseek_v3": ODD,
     "kimi_k2": TinyModel("kimi_k2", expert_size=75, experts=12, top_k=3, dense_size=325),
     "glm4_moe": TinyModel("glm4_moe", heads=12, kv_heads=6, expert_size=75, dense_size=325),
 }
@@ -39,19 +38,6 @@ RECIPES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "DWDP": ("glm4_moe", {"dwdp_size": 2}, True),
     "deepep, SGLang pads": ("glm4_moe", {"moe_a2a_backend": "deepep"}, False),
 }
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_models: Path) -> Callable[[str], EngineRun]:
-    """The run of a model on one rank, without ep2tp."""
-    runs: dict[str, EngineRun] = {}
-
-    def run(name: str) -> EngineRun:
-        if name not in runs:
-            runs[name] = engine_run(tiny_models, f"{name}-one-rank", tiny_model(tiny_models, MODELS[name]), "off")
-        return runs[name]
-
-    return run
 
 
 def engine_run(folder: Path, label: str, model: Path, mode: str, **options: Any) -> EngineRun:
@@ -71,7 +57,7 @@ def assert_only_all_reduce(run: EngineRun, ranks: int, layers: int) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_ep_recipe_runs_as_tp_with_the_tokens_of_one_rank(
-    recipe: str, tiny_models: Path, reference: Callable[[str], EngineRun], monkeypatch: pytest.MonkeyPatch
+    recipe: str, tiny_models: Path, one_rank: OneRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, options, ep2tp_pads = RECIPES[recipe]
     if ep2tp_pads:
@@ -79,7 +65,7 @@ def test_ep_recipe_runs_as_tp_with_the_tokens_of_one_rank(
     run = engine_run(tiny_models, recipe, tiny_model(tiny_models, MODELS[name]), "auto", tp_size=2, **options)
     assert_only_all_reduce(run, 2, MODELS[name].layers)
     assert run.result is not None
-    assert run.result["tokens"] == reference(name).result["tokens"]  # type: ignore[index]
+    assert run.result["tokens"] == one_rank(MODELS[name])
     report = "\n".join(run.ep2tp_lines)
     assert "rewrote this launch to tensor parallelism" in report
     assert ("routed (moe_intermediate_size)  75" in report) and ("80" in report) is ep2tp_pads
@@ -88,24 +74,22 @@ def test_ep_recipe_runs_as_tp_with_the_tokens_of_one_rank(
 
 
 def test_padded_checkpoint_in_stock_sglang(
-    tiny_models: Path, reference: Callable[[str], EngineRun], monkeypatch: pytest.MonkeyPatch
+    tiny_models: Path, one_rank: OneRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reshard(tiny_model(tiny_models, MODELS["deepseek_v3"]), tiny_models / "sglang-padded", tp=2)
+    reshard(tiny_model(tiny_models, ODD), tiny_models / "sglang-padded", tp=2)
     run = engine_run(tiny_models, "padded", tiny_models / "sglang-padded", "off", tp_size=2)
     assert run.result is not None
-    assert run.result["tokens"] == reference("deepseek_v3").result["tokens"]  # type: ignore[index]
+    assert run.result["tokens"] == one_rank(ODD)
 
 
-def test_rank_files_in_sglang(
-    tiny_models: Path, reference: Callable[[str], EngineRun], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rank_files_in_sglang(tiny_models: Path, one_rank: OneRank, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without SGLang's own padding, which moves the borders of the slices on a CPU."""
     folder = tiny_models / "sglang-ranks"
-    reshard(tiny_model(tiny_models, MODELS["deepseek_v3"]), folder, tp=2, layout="ranks")
+    reshard(tiny_model(tiny_models, ODD), folder, tp=2, layout="ranks")
     monkeypatch.setenv("SGLANG_CPU_SHIM_PAD", "ep2tp")
     run = engine_run(tiny_models, "ranks", folder, "off", tp_size=2)
     assert run.result is not None
-    assert run.result["tokens"] == reference("deepseek_v3").result["tokens"]  # type: ignore[index]
+    assert run.result["tokens"] == one_rank(ODD)
     read = {int(rank): float(size) * 1e9 for rank, size in re.findall(r"rank (\d) of 2 read ([\d.]+) GB", run.log)}
     sizes = {name: entry["size"] for name, entry in json.loads((folder / "ep2tp.json").read_text())["outputs"].items()}
     for rank, size in read.items():

@@ -338,6 +338,7 @@ def test_a_second_config_of_the_same_arguments_is_still_of_a_rewritten_launch(ti
 
 def test_a_config_that_cannot_be_read_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     args = EngineArgs(model="no/such-model", tensor_parallel_size=2, enable_expert_parallel=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it would be asked several times
     decision, changes = launch.rewrite(args, Settings.from_environment())
     assert (decision.is_warning, changes, args.enable_expert_parallel) == (True, [], True)
     assert "cannot be read" in decision.why

@@ -13,14 +13,12 @@ import pytest
 pytest.importorskip("vllm")
 
 from ep2tp.demo.engines import CPU_ENVIRONMENT
-from ep2tp.demo.launch import PROMPTS, run_engine
-from ep2tp.demo.tiny import TinyModel
-from tests.engines.conftest import tiny_model
+from ep2tp.demo.launch import PROMPTS
+from tests.engines.conftest import ODD, OneRank, tiny_model
 from tests.engines.serving import Server, free_port
 
 pytestmark = pytest.mark.engine
 
-MODEL = TinyModel(expert_size=75, shared_experts=2, dense_size=325)
 OPTIONS = ["--skip-tokenizer-init", "--tokens-only", "--max-model-len", "256", "--enforce-eager", "--dtype", "float32"]
 RECIPE = ["--data-parallel-size", "2", "--enable-expert-parallel", "--all2all-backend", "deepep_low_latency"]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "multi_node.sh"
@@ -59,22 +57,14 @@ def served(model: Path, folder: Path, nodes: int) -> Server:
     return Server(commands, CPU_ENVIRONMENT | {"EP2TP": "auto", "PATH": path, "NODES": str(nodes), "GPUS": "1"})
 
 
-@pytest.fixture(scope="module")
-def reference(tiny_models: Path) -> list[int]:
-    engine = {"model": str(tiny_model(tiny_models, MODEL)), "dtype": "float32"}
-    run = run_engine(tiny_models, "serve-reference", engine, "off", max_tokens=6)
-    assert run.result is not None, run.log[-3000:]
-    return list(run.result["tokens"][0])
-
-
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_a_dep_recipe_is_served_as_tp(nodes: int, tiny_models: Path, reference: list[int]) -> None:
-    server = served(tiny_model(tiny_models, MODEL), tiny_models, nodes)
+def test_a_dep_recipe_is_served_as_tp(nodes: int, tiny_models: Path, one_rank: OneRank) -> None:
+    server = served(tiny_model(tiny_models, ODD), tiny_models, nodes)
     try:
-        tokens = server.generate(PROMPTS[0], max_tokens=6)
+        tokens = server.generate(PROMPTS[0], max_tokens=12)
     finally:
         log = server.stop()
-    assert tokens == reference
+    assert tokens == one_rank(ODD)[0]
     assert log.count("rewrote this launch to tensor parallelism") == 1
     assert "Worker_TP0" in log
     assert "Worker_TP1" in log
