@@ -94,7 +94,7 @@ def _tune(s: Slice, engine_name: str, device: str, seconds: float, folder: Path)
     from ep2tp.kernels.tune import TOKENS, Timed, Tuning, tune
 
     engine = import_module(f"ep2tp.engines.{engine_name}.tuning")
-    is_whole, console, tuning = True, Console(stderr=True, highlight=False), Tuning(s, device)
+    is_whole, console, tuning = True, Console(stderr=True, highlight=False), Tuning(s, device, engine_name)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console.print(f"{s} on {device}, at most {seconds:.0f} s; ep2tp's kernel and {engine.NAME}'s")
     try:
@@ -111,7 +111,7 @@ def _tune(s: Slice, engine_name: str, device: str, seconds: float, folder: Path)
         is_whole = False
         console.print("Interrupted; writing what was found.")
     finally:
-        for path in tuning.write(folder, engine, _engine_file(engine, s)):
+        for path in tuning.write(folder, _engine_file(engine, s)):
             click.echo(path)
     console.print(f"Stock {engine.NAME} uses its file with {engine.VARIABLE}={folder / engine_name}")
     return is_whole

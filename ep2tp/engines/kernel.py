@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ep2tp.engines.loaded_experts import Experts, UnfitError
 from ep2tp.engines.seams import Seam
-from ep2tp.errors import LaunchError, SeamError
+from ep2tp.errors import LaunchError, SeamError, SettingError
 from ep2tp.settings import Kernel
 
 if TYPE_CHECKING:
@@ -32,17 +32,16 @@ class Device(NamedTuple):
 class LayerKernel:
     """ep2tp's kernel on one layer's experts, for the numbers of tokens at which it is to run."""
 
-    def __init__(self, experts: Experts, device: Device, is_forced: bool, is_compared: bool) -> None:
+    def __init__(self, experts: Experts, engine: str, device: Device, is_forced: bool) -> None:
         """The kernel on one layer.
 
         Args:
             experts: the layer's.
+            engine: ``vllm`` or ``sglang``, whose kernel it is measured against.
             device: the GPU.
             is_forced: it runs at every number of tokens (``EP2TP_KERNEL=ep2tp``), not only where it wins.
-            is_compared: the tables that ship with ep2tp were measured against this engine's kernel.
         """
-        self.experts, self.device, self._is_forced = experts, device, is_forced
-        self._uses_shipped = is_compared or is_forced
+        self.experts, self._engine, self.device, self._is_forced = experts, engine, device, is_forced
         self._configs: dict[int, KernelConfig | None] = {}
 
     def config(self, tokens: int) -> KernelConfig | None:
@@ -77,7 +76,7 @@ class LayerKernel:
         from ep2tp.kernels import configs, tuned_configs
 
         key, form = self.experts.key, self.experts.gate_up.format
-        found = tuned_configs.choose(self.device.name, key, form, tokens, self._uses_shipped)
+        found = tuned_configs.choose(self._engine, self.device.name, key, form, tokens, self._is_forced)
         return configs.default(tokens, self.device.capability) if found is None and self._is_forced else found
 
 
@@ -129,7 +128,8 @@ def put_on_layers(layers: Iterable[tuple[str, Any]], put: Callable[[Any], str], 
 
     Args:
         layers: names and layers.
-        put: puts it on one layer and says whose kernel runs when; raises :class:`UnfitError` where it does not fit.
+        put: puts it on one layer and says whose kernel runs when; raises :class:`UnfitError` where it does not fit, and
+            :class:`SettingError` where the user's table cannot be read.
         kernel: ``EP2TP_KERNEL``.
 
     Returns:
@@ -142,7 +142,7 @@ def put_on_layers(layers: Iterable[tuple[str, Any]], put: Callable[[Any], str], 
     for name, layer in layers:
         try:
             outcomes[put(layer)] += 1
-        except UnfitError as why:
+        except (UnfitError, SettingError) as why:
             if kernel is Kernel.EP2TP:
                 raise LaunchError(f"EP2TP_KERNEL=ep2tp: {name}: {why}; EP2TP_KERNEL=auto uses the engine's") from None
             outcomes[f"the engine's: {why}"] += 1

@@ -13,6 +13,8 @@ from typing import Any
 from ep2tp.kernels.operands import WeightFormat
 
 FOLDER = Path(__file__).parent / "configs"
+COMPARED_WITH = "vllm"
+"""The engine whose kernel the tables that ship with ep2tp were measured against."""
 Key = tuple[int, int, int, int]
 """Experts, hidden size K, one rank's intermediate size I, top-k."""
 

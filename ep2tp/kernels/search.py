@@ -66,14 +66,16 @@ def descend(
     return best, least
 
 
-def kernel_moves(config: KernelConfig) -> Iterator[KernelConfig]:
+def kernel_moves(config: KernelConfig, can_overlap: bool) -> Iterator[KernelConfig]:
     """Configurations of ep2tp's kernel that differ from one in a single choice; those that matter most first.
 
-    Into how many slices a tile is cut is one choice: its rows and columns follow, and it has as many values as before.
+    Launches overlap only where ``can_overlap`` says that the GPU has the instructions (SM90 on). Into how many slices a
+    tile is cut is one choice: its rows and columns follow, and it has as many values as before.
     """
     yield replace(config, by_pair=not config.by_pair)
     yield replace(config, by_token=not config.by_token)
-    yield replace(config, overlap=not config.overlap)
+    if can_overlap:
+        yield replace(config, overlap=not config.overlap)
     for tiles in _pass_moves(config.gate_up):
         yield replace(config, gate_up=tiles)
     for tiles in _pass_moves(config.down):

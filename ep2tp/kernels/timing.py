@@ -78,6 +78,6 @@ def triton_version() -> str:
 def launch_errors() -> tuple[type[Exception], ...]:
     """What a configuration raises that does not compile, or needs more than the GPU has."""
     from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import OutOfResources, PTXASError
 
-    return CompilationError, OutOfResources, OperandError, AssertionError, ValueError
+    return CompilationError, PTXASError, OutOfResources, OperandError, AssertionError, ValueError

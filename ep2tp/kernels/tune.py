@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf, isfinite
 from pathlib import Path
 from types import ModuleType
@@ -43,16 +44,18 @@ class Timed:
 
 @dataclass
 class Tuning:
-    """One slice's results, by number of tokens."""
+    """One slice's results on one GPU against one engine's kernel (``vllm`` or ``sglang``), by number of tokens."""
 
     slice: Slice
     device: str
+    engine: str
     timed: list[Timed] = field(default_factory=list)
 
     def table(self) -> configs.Table:
         """ep2tp's own: configurations up to the first number of tokens at which the engine's kernel is faster.
 
-        Where none was timed at which it is, lines that ship with ep2tp follow for more tokens.
+        Where none was timed at which it is, lines that ship with ep2tp follow for more tokens, if they were compared
+        with this engine's kernel.
         """
         lines: list[tuple[int, KernelConfig]] = []
         for one in sorted(self.timed, key=lambda t: t.tokens):
@@ -60,22 +63,25 @@ class Tuning:
                 return {self.slice.key: lines}
             lines.append((one.tokens, one.ours))
         most = max(one.tokens for one in self.timed)
-        shipped = configs.shipped(self.device, self.slice.key, self.slice.format)
+        shipped: configs.Lines = ()
+        if self.engine == configs.COMPARED_WITH:
+            shipped = configs.shipped(self.device, self.slice.key, self.slice.format)
         return {self.slice.key: [*lines, *(line for line in shipped if line[0] > most)]}
 
     def engine_file(self) -> dict[str, EngineConfig]:
         """The engine's own file: configurations by number of tokens."""
         return {str(one.tokens): one.engine for one in self.timed if isfinite(one.engine_ms)}
 
-    def write(self, folder: Path, engine: ModuleType, engine_file: Path) -> list[Path]:
-        """Write both; returns the files. Nothing is written where nothing was timed."""
+    def write(self, folder: Path, engine_file: Path) -> list[Path]:
+        """Write both into the engine's part of ``folder``; returns the files. None where nothing was timed."""
         if not self.timed:
             return []
+        folder /= self.engine
         own = folder / configs.file_name(self.device, str(self.slice.format))
         tuned_configs.write_table(own, self.table())
         written = [own]
         if found := self.engine_file():
-            written.append(folder / engine.NAME.lower() / engine_file)
+            written.append(folder / engine_file)
             tuned_configs.write_json(written[-1], found)
         return written
 
@@ -142,7 +148,8 @@ def _one(
     shipped = configs.choose(tuning.device, s.key, s.format, tokens)
     starts = [*([shipped] if shipped else []), configs.default(tokens, capability)]
     starts += [one.ours for one in tuning.timed[-1:]]
-    best, best_ms = descend(starts, kernel_moves, runs_or_inf(ours, errors), now + share / 2)
+    own_moves = partial(kernel_moves, can_overlap=capability >= (9, 0))
+    best, best_ms = descend(starts, own_moves, runs_or_inf(ours, errors), now + share / 2)
     default: Mapping[str, int] = engine.default_config(down, s.top_k, tokens)
     guarded = runs_or_inf(theirs, errors)
     moves = engine_moves(tokens, down.values.element_size(), s.format.block)

@@ -1,7 +1,8 @@
 """Tuned tables: the user's own of ep2tp's kernel, and the files by which engines tune their Triton kernels.
 
-Where ``ep2tp tune`` writes, and where launches look: ``$XDG_CACHE_HOME/ep2tp/configs`` (``~/.cache/ep2tp/configs``). A
-shape in the user's table hides the same shape in the table that ships with ep2tp.
+Where ``ep2tp tune`` writes, and where launches look: ``$XDG_CACHE_HOME/ep2tp/configs`` (``~/.cache/ep2tp/configs``), in
+a folder for each engine, whose kernel is the one that ep2tp's was compared with. A shape in the user's table hides the
+same shape in the table that ships with ep2tp.
 """
 
 from __future__ import annotations
@@ -22,30 +23,39 @@ from ep2tp.kernels.operands import WeightFormat
 
 
 def user_folder() -> Path:
-    """Where this user's tables are."""
+    """Where this user's tables are.
+
+    Raises:
+        SettingError: this user has no home directory.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "ep2tp" / "configs"
+    try:
+        return Path(cache).expanduser() / "ep2tp" / "configs"
+    except RuntimeError as error:
+        raise SettingError(f"{cache}: {error}; set XDG_CACHE_HOME to a folder") from None
 
 
 def choose(
-    device_name: str, key: Key, weight_format: WeightFormat, tokens: int, shipped: bool = True
+    engine: str, device_name: str, key: Key, weight_format: WeightFormat, tokens: int, is_forced: bool = False
 ) -> KernelConfig | None:
     """The fastest configuration of the user's table, or of ep2tp's; None where the engine's kernel is faster.
 
     Args:
+        engine: ``vllm`` or ``sglang``.
         device_name: as PyTorch has it.
         key: the experts' shape.
         weight_format: of their weights.
         tokens: of a call.
-        shipped: whether ep2tp's own table counts.
+        is_forced: ep2tp's own table counts though it was compared with another engine's kernel.
 
     Raises:
         SettingError: the user's table cannot be read.
     """
-    path = user_folder() / configs.file_name(device_name, str(weight_format))
+    path = user_folder() / engine / configs.file_name(device_name, str(weight_format))
     lines = _read_cached(path).get(key)
     if lines is None:
-        return configs.choose(device_name, key, weight_format, tokens) if shipped else None
+        uses_shipped = is_forced or engine == configs.COMPARED_WITH
+        return configs.choose(device_name, key, weight_format, tokens) if uses_shipped else None
     return next((config for most, config in lines if tokens <= most), None)
 
 
@@ -53,11 +63,13 @@ def read_table(path: Path) -> Table:
     """A table of ep2tp's format; empty where there is no such file.
 
     Raises:
-        SettingError: the file is damaged.
+        SettingError: the file is damaged, or may not be read.
     """
     try:
         return configs.read_table(path)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except OSError as error:
+        raise SettingError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise SettingError(
             f"{path}: not a table of kernel configurations ({error}); delete it and tune again"
         ) from None

@@ -20,10 +20,12 @@ import re
 from types import MethodType, SimpleNamespace
 
 import torch
+from sglang.srt.arg_groups.attention_hook import handle_deterministic_inference
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.runtime_context import get_context, get_parallel
+from sglang.srt.server_args import ServerArgs
 
 from ep2tp.engines.sglang import kernel
 from ep2tp.errors import LaunchError
@@ -64,7 +66,7 @@ with torch.no_grad(), published, get_parallel().override(**alone):
     filled = StandardTopKOutput(weights, torch.where(torch.arange(TOKENS)[:, None] < 3, ids, -1).int(), None)
     part = model["experts"](values.clone(), filled)
     torch.testing.assert_close(part[:3], ours[:3], rtol=0, atol=0)
-    path = tuned_configs.user_folder() / configs.file_name("cpu", "bf16")
+    path = tuned_configs.user_folder() / "sglang" / configs.file_name("cpu", "bf16")
     tuned_configs.write_table(path, {(EXPERTS, HIDDEN, SIZE, TOP_K): [(2, configs.default(2, (9, 0)))]})
     tuned_configs._read_cached.cache_clear()
     other = layer(routed_scaling_factor=2.5)
@@ -74,6 +76,10 @@ with torch.no_grad(), published, get_parallel().override(**alone):
     few = StandardTopKOutput(*(tensor[:2] for tensor in chosen))
     torch.testing.assert_close(other["experts"](values.clone(), chosen), stock, rtol=0, atol=0)  # SGLang's own kernel
     torch.testing.assert_close(other["experts"](values[:2].clone(), few), ours[:2], rtol=1e-5, atol=1e-4)
+    path.write_text("{")
+    tuned_configs._read_cached.cache_clear()
+    kernel.install(layer(), Kernel.AUTO, arguments)
+    assert re.search(r"the engine's: .*bf16\\.json: not a table .* delete it and tune again", lines.pop())
     other["experts"].w2_weight = torch.nn.Parameter(other["experts"].w2_weight * 2)  # weights that are loaded again
     torch.testing.assert_close(other["experts"](values[:2].clone(), few) * 1.25, ours[:2], rtol=1e-4, atol=1e-2)
     in_bf16 = StandardTopKOutput(chosen.topk_weights.bfloat16(), *chosen[1:])  # as Llama 4's router gives them
@@ -86,6 +92,10 @@ with torch.no_grad(), published, get_parallel().override(**alone):
     )
     kernel.install(silent, Kernel.AUTO, arguments)  # ModelOpt's FP8 method inherits one that raises
     assert "does not say where its weights are" in lines.pop()
+    on_policy = ServerArgs(model_path="dummy", device="cpu", rl_on_policy_target="fsdp")
+    handle_deterministic_inference(on_policy)
+    kernel.install(layer(), Kernel.AUTO, on_policy)  # resolved to what it does not ask for by name
+    assert "order of summation" in lines.pop()
     both = {"apply_router_weight_on_input": True, "routed_scaling_factor": 2.5}
     for options, why in (
         ({"activation": "gelu"}, "is gelu"),

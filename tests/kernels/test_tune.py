@@ -92,7 +92,7 @@ def test_descent_keeps_to_its_time_and_passes_over_what_does_not_run() -> None:
 @pytest.mark.parametrize("tokens", [1, 64])
 def test_moves_change_one_choice_of_the_kernel(tokens: int) -> None:
     start = configs.default(tokens, (9, 0))
-    found = list(kernel_moves(start))
+    found = list(kernel_moves(start, True))
     assert len(found) == len(set(found)) > 20
     slices = 0
     for config in found:
@@ -110,10 +110,26 @@ def test_moves_change_one_choice_of_the_kernel(tokens: int) -> None:
     )  # 32 rows of the first pass in two, 128 of the second in two, four, eight
 
 
+def test_launches_overlap_only_where_the_gpu_can() -> None:
+    start = configs.default(1, (8, 9))
+    assert any(config.overlap for config in kernel_moves(start, True))
+    assert not any(config.overlap for config in kernel_moves(start, False))
+
+
+@pytest.mark.parametrize("name", ["CompilationError", "OutOfResources", "PTXASError"])
+def test_what_triton_raises_for_a_config_is_passed_over(name: str) -> None:
+    from triton.compiler import errors as compiler
+    from triton.runtime import errors as runtime
+
+    from ep2tp.kernels.timing import launch_errors
+
+    assert issubclass(getattr(runtime, name, None) or getattr(compiler, name), launch_errors())
+
+
 def test_slices_can_be_changed_and_taken_back() -> None:
     start = configs.default(64, (9, 0))
     start = replace(start, down=replace(start.down, rows=32, columns=512, slices=4))
-    found = {config.down.slices: config.down for config in kernel_moves(start) if config.down.slices != 4}
+    found = {config.down.slices: config.down for config in kernel_moves(start, True) if config.down.slices != 4}
     assert {slices: (down.rows, down.columns) for slices, down in found.items()} == {
         1: (128, 128), 2: (64, 256), 8: (16, 1024)
     }  # fmt: skip
@@ -155,12 +171,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_launch_reads_the_table_that_was_written(cache: Path) -> None:
     tuning = Tuning(
-        Slice(256, 7168, 256, 8, BLOCKS), DEVICE, [timed(1, 1.0), timed(4, 1.9), timed(16, 2.1), timed(64, 1)]
+        Slice(256, 7168, 256, 8, BLOCKS), DEVICE, "vllm", [timed(1, 1.0), timed(4, 1.9), timed(16, 2.1), timed(64, 1)]
     )
-    engine = SimpleNamespace(NAME="vLLM")
-    own, theirs = tuning.write(cache, engine, Path("file.json"))  # type: ignore[arg-type]
-    assert own == cache / "NVIDIA_H100_80GB_HBM3-fp8-128x128.json"
-    chosen = [tuned_configs.choose(DEVICE, (256, 7168, 256, 8), BLOCKS, tokens) for tokens in (1, 3, 4, 5, 64)]
+    own, theirs = tuning.write(cache, Path("file.json"))
+    assert own == cache / "vllm" / "NVIDIA_H100_80GB_HBM3-fp8-128x128.json"
+    chosen = [tuned_configs.choose("vllm", DEVICE, (256, 7168, 256, 8), BLOCKS, tokens) for tokens in (1, 3, 4, 5, 64)]
     assert chosen == [DEFAULT, DEFAULT, DEFAULT, None, None]  # only up to where the engine's kernel first wins
     assert json.loads(theirs.read_text()) == {str(tokens): ENGINE_CONFIG for tokens in (1, 4, 16, 64)}
     assert theirs == cache / "vllm" / "file.json"
@@ -171,8 +186,20 @@ def test_what_ships_stays_where_tuning_was_interrupted(cache: Path) -> None:
     shape, key = Slice(256, 7168, 256, 8, BLOCKS), (256, 7168, 256, 8)
     shipped = configs.shipped(DEVICE, key, BLOCKS)
     assert [most for most, _ in shipped] == [1, 2, 4, 8, 16, 32, 64]
-    assert Tuning(shape, DEVICE, [timed(1, 1.0)]).table() == {key: [(1, DEFAULT), *shipped[1:]]}
-    assert Tuning(shape, DEVICE, [timed(1, 1.0), timed(2, 3.0)]).table() == {key: [(1, DEFAULT)]}
+    assert Tuning(shape, DEVICE, "vllm", [timed(1, 1.0)]).table() == {key: [(1, DEFAULT), *shipped[1:]]}
+    assert Tuning(shape, DEVICE, "vllm", [timed(1, 1.0), timed(2, 3.0)]).table() == {key: [(1, DEFAULT)]}
+    assert Tuning(shape, DEVICE, "sglang", [timed(1, 1.0)]).table() == {key: [(1, DEFAULT)]}  # not compared with it
+
+
+def test_a_table_is_of_one_engine(cache: Path) -> None:
+    shape, key = Slice(256, 7168, 256, 8, BLOCKS), (256, 7168, 256, 8)
+    Tuning(shape, DEVICE, "vllm", [timed(1, 3.0)]).write(cache, Path("file.json"))
+    Tuning(shape, DEVICE, "sglang", [timed(1, 1.0)]).write(cache, Path("file.json"))
+    chosen = {engine: tuned_configs.choose(engine, DEVICE, key, BLOCKS, 1) for engine in ("vllm", "sglang")}
+    assert chosen == {"vllm": None, "sglang": DEFAULT}
+    assert tuned_configs.choose("sglang", DEVICE, key, BLOCKS, 64) is None
+    assert tuned_configs.choose("sglang", DEVICE, (384, 7168, 256, 8), BLOCKS, 1) is None
+    assert tuned_configs.choose("sglang", DEVICE, (384, 7168, 256, 8), BLOCKS, 1, is_forced=True) is not None
 
 
 def test_nothing_wins_against_a_kernel_that_did_not_run() -> None:
@@ -194,20 +221,27 @@ def test_a_shape_at_which_the_engine_won_hides_the_table_that_ships(
 ) -> None:
     monkeypatch.setattr(configs, "choose", lambda *_: DEFAULT)
     key = (8, 64, 32, 2)
-    assert tuned_configs.choose(DEVICE, key, BLOCKS, 1) == DEFAULT
-    tuned_configs.write_table(cache / configs.file_name(DEVICE, str(BLOCKS)), {key: []})
+    assert tuned_configs.choose("vllm", DEVICE, key, BLOCKS, 1) == DEFAULT
+    tuned_configs.write_table(cache / "vllm" / configs.file_name(DEVICE, str(BLOCKS)), {key: []})
     tuned_configs._read_cached.cache_clear()
-    assert tuned_configs.choose(DEVICE, key, BLOCKS, 1) is None
-    assert tuned_configs.choose(DEVICE, (8, 64, 48, 2), BLOCKS, 1) == DEFAULT
+    assert tuned_configs.choose("vllm", DEVICE, key, BLOCKS, 1) is None
+    assert tuned_configs.choose("vllm", DEVICE, (8, 64, 48, 2), BLOCKS, 1) == DEFAULT
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"shapes": [{"E": 1}]}', '{"shapes": 3}'])
 def test_a_damaged_table_is_named(cache: Path, text: str) -> None:
-    path = cache / configs.file_name(DEVICE, str(BLOCKS))
+    path = cache / "vllm" / configs.file_name(DEVICE, str(BLOCKS))
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    with pytest.raises(SettingError, match=r"fp8-128x128\.json: .*delete it and tune again"):
-        tuned_configs.choose(DEVICE, (8, 64, 32, 2), BLOCKS, 1)
+    with pytest.raises(SettingError, match=r"vllm/\S+fp8-128x128\.json: .*delete it and tune again"):
+        tuned_configs.choose("vllm", DEVICE, (8, 64, 32, 2), BLOCKS, 1)
+
+
+def test_a_table_that_may_not_be_read_is_named(cache: Path) -> None:
+    path = cache / "vllm" / configs.file_name(DEVICE, str(BLOCKS))
+    path.mkdir(parents=True)
+    with pytest.raises(SettingError, match=r"fp8-128x128\.json: cannot be read \(Is a directory"):
+        tuned_configs.choose("vllm", DEVICE, (8, 64, 32, 2), BLOCKS, 1)
 
 
 WRITER = """
@@ -251,10 +285,9 @@ def test_real_vllm_reads_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def write_engine_file(engine: ModuleType, folder: Path) -> Path:
-    tuning = Tuning(
-        Slice(16, 1024, 256, 4, BLOCKS), DEVICE, [timed(1, 1.0), timed(16, 1.0), timed(64, 1.0, engine=inf)]
-    )
-    return tuning.write(folder, engine, engine.file_path(meta_down()))[1]
+    found = [timed(1, 1.0), timed(16, 1.0), timed(64, 1.0, engine=inf)]
+    tuning = Tuning(Slice(16, 1024, 256, 4, BLOCKS), DEVICE, engine.NAME.lower(), found)
+    return tuning.write(folder, engine.file_path(meta_down()))[1]
 
 
 def meta_down() -> ExpertWeights:
@@ -289,9 +322,9 @@ def test_tuning_keeps_what_is_fastest_and_right(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(fused_moe, "fused_moe", broken)
     monkeypatch.setattr(timing, "milliseconds", clock)
     start = configs.default(1, (8, 9))
-    moves = [c for c in kernel_moves(start) if c.gate_up.warps == 2 or c.down.warps in (2, 8)]
-    monkeypatch.setattr("ep2tp.kernels.tune.kernel_moves", lambda config: moves)
-    tuning, told = Tuning(Slice(4, 64, 32, 2, WeightFormat("fp8", (32, 32))), DEVICE), []
+    moves = [c for c in kernel_moves(start, True) if c.gate_up.warps == 2 or c.down.warps in (2, 8)]
+    monkeypatch.setattr("ep2tp.kernels.tune.kernel_moves", lambda config, can_overlap: moves)
+    tuning, told = Tuning(Slice(4, 64, 32, 2, WeightFormat("fp8", (32, 32))), DEVICE, "vllm"), []
     tune(tuning, engine, 600, told.append, (8, 9), tokens=(1, 3))  # type: ignore[arg-type]
     assert tuning.timed == told
     assert [one.tokens for one in told] == [1, 3]

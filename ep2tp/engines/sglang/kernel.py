@@ -24,7 +24,7 @@ def install(model: Any, kernel: Kernel, arguments: Any) -> None:
     Args:
         model: the ``torch.nn.Module`` that SGLang loaded.
         kernel: ``EP2TP_KERNEL``; with ``engine`` nothing is done.
-        arguments: the worker's ``ServerArgs``.
+        arguments: the worker's ``ServerArgs`` : what it was resolved to counts, not what was asked for.
 
     Raises:
         LaunchError: ``EP2TP_KERNEL=ep2tp``, and a layer that ep2tp's kernel does not take.
@@ -32,13 +32,15 @@ def install(model: Any, kernel: Kernel, arguments: Any) -> None:
     """
     if not is_wanted(kernel, seams.KERNEL, logger):
         return
-    is_forced, device = kernel is Kernel.EP2TP, this_device()
+    from ep2tp.engines.sglang.launch import resolved
+
+    is_forced, device, arguments = kernel is Kernel.EP2TP, this_device(), resolved(arguments)
     for line in put_on_layers(moe_layers(model), lambda layer: _put(layer, device, is_forced, arguments), kernel):
         logger.info("%s", line)
 
 
 def _put(layer: Any, device: Device, is_forced: bool, arguments: Any) -> str:
-    ours = LayerKernel(_experts(layer, arguments), device, is_forced, is_compared=False)
+    ours = LayerKernel(_experts(layer, arguments), "sglang", device, is_forced)
     tensors = _tensors(layer)
     scaling = layer.moe_runner_config.routed_scaling_factor
     engine_core = layer.run_moe_core

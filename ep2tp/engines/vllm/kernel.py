@@ -59,7 +59,7 @@ def _layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 def _put(layer: Any, device: Device, is_forced: bool) -> str:
     kernel = layer.quant_method.moe_kernel
-    ours = LayerKernel(_experts(layer, kernel), device, is_forced, is_compared=True)
+    ours = LayerKernel(_experts(layer, kernel), "vllm", device, is_forced)
     engine_apply = kernel.apply
 
     def apply(hidden_states: Any, w1: Any, w2: Any, topk_weights: Any, topk_ids: Any, *args: Any, **kwargs: Any) -> Any:
