@@ -94,7 +94,8 @@ def verify_command(folder: str, quiet: bool, as_json: bool, **options: Any) -> N
             found = verify(folder, report=report, **options)
     except DifferenceError as error:
         if as_json:
-            click.echo(json.dumps({"status": "different", "difference": str(error)}))
+            differences = str(error).splitlines()
+            click.echo(json.dumps({"status": "different", "difference": differences[0], "differences": differences}))
         click.echo(f"Different: {error}", err=True)
         sys.exit(_DIFFERENT)
     text = f"{found.files} files have the manifest's SHA-256"

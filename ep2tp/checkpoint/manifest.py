@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished conversion.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it names a file outside of the folder.
+        CheckpointError: there is none, it cannot be read or is damaged, or it names a file outside of the folder.
     """
     path = folder / MANIFEST
     try:
@@ -69,17 +69,29 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(
             f"{path}: no such file; {folder} is no finished conversion (run the same ep2tp reshard again to finish it)"
         ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); see who may read it, and the disk") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(f"{path}: damaged: {where}: {first['msg']}; convert again with --overwrite") from None
     for name in (*manifest.outputs, *manifest.files):
-        place = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
             raise CheckpointError(f"{path}: names {name!r}, outside of {folder}; refused")
-        if place.is_symlink() or folder.resolve() not in place.resolve().parents:
-            raise CheckpointError(f"{place}: is a link; ep2tp writes none, so it is not the file that was written")
+        _check_place(folder, folder / name)
     return manifest
+
+
+def _check_place(folder: Path, place: Path) -> None:
+    """Check that no link leads to a file elsewhere. What cannot be looked at is told when it is read."""
+    try:
+        is_elsewhere = place.is_symlink() or folder.resolve() not in place.resolve().parents
+    except RuntimeError:  # links that lead to one another
+        is_elsewhere = True
+    except OSError:
+        return
+    if is_elsewhere:
+        raise CheckpointError(f"{place}: is a link; ep2tp writes none, so it is not the file that was written")
 
 
 def build_manifest(

@@ -100,7 +100,7 @@ class InputFile:
         self._buffer[:kept] = self._buffer[start - self._start : start - self._start + kept]
         self._start, self._stop = start, start + kept
         while self._stop < min(start + len(self._buffer), self._size):
-            read = os.preadv(self._file, [self._buffer[self._stop - start :]], self._stop)
+            read = self._read(start)
             if read == 0:
                 break
             self._stop += read
@@ -109,6 +109,13 @@ class InputFile:
         if self.hashes and start <= self._hashed < self._stop:
             self._hash.update(self._buffer[self._hashed - start : self._stop - start])
             self._hashed = self._stop
+
+    def _read(self, start: int) -> int:
+        """Read on, into the window that begins at ``start``; returns how many bytes."""
+        try:
+            return os.preadv(self._file, [self._buffer[self._stop - start :]], self._stop)
+        except OSError as error:  # of a file that is open, so it does not name it
+            raise OSError(error.errno, error.strerror, self.path) from None
 
 
 def open_inputs(stack: ExitStack, paths: Mapping[str, Path]) -> dict[str, InputFile]:

@@ -21,13 +21,15 @@ from threading import Lock
 
 from ep2tp.checkpoint.compare import BLOCK, compare_tensor
 from ep2tp.checkpoint.conversion import SHARED, Conversion, Job, rank_folder
+from ep2tp.checkpoint.fetching import fetching_place
+from ep2tp.checkpoint.hashes import check_hashes, digest_of
 from ep2tp.checkpoint.manifest import Manifest, read_manifest
 from ep2tp.checkpoint.options import Options, Report
 from ep2tp.checkpoint.origin import InputFile, open_inputs
 from ep2tp.checkpoint.prepare import open_source, prepare
 from ep2tp.checkpoint.reader import INDEX, read_header
 from ep2tp.checkpoint.source import Source
-from ep2tp.errors import DifferenceError
+from ep2tp.errors import CheckpointError, DifferenceError
 from ep2tp.model.sharding import TensorPlan
 
 
@@ -63,19 +65,29 @@ def verify(
         report: called with (bytes done, bytes to do).
 
     Raises:
-        DifferenceError: something differs.
+        DifferenceError: something differs, or a file of the folder cannot be read; names every file whose hash differs.
         CheckpointError: the folder is no finished conversion, or the source cannot be read.
     """
     root = Path(folder)
-    manifest = read_manifest(root)
-    opened = conversion = None
-    if source is not None:
-        opened = open_source(source, root, revision, stream, Path(config) if config else None)
-        conversion = prepare(opened, manifest.ranks, manifest.layout)
+    try:
+        with ExitStack() as stack:
+            opened = None
+            manifest = read_manifest(root)
+            if source is not None:
+                is_fetched = stream and not Path(source).is_dir()
+                beside = stack.enter_context(fetching_place(root)) if is_fetched else root
+                opened = open_source(source, beside, revision, stream, Path(config) if config else None)
+            return _verify(root, manifest, opened, 1 if stream else workers or Options.workers, report)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or root}: {error.strerror or error}; nothing is proven") from None
+
+
+def _verify(root: Path, manifest: Manifest, opened: Source | None, workers: int, report: Report) -> Verified:
+    conversion = prepare(opened, manifest.ranks, manifest.layout) if opened else None
     sizes = {name: output.size for name, output in manifest.outputs.items()}
     progress = _Progress(report, sum(sizes.values()) + (conversion.source_bytes if conversion else 0))
-    with ThreadPoolExecutor(1 if stream else workers or Options.workers, "ep2tp") as pool:
-        _check_hashes(root, manifest, pool, progress.add)
+    with ThreadPoolExecutor(workers, "ep2tp") as pool:
+        check_hashes(root, manifest, pool, progress.add)
         if opened is None or conversion is None:
             return Verified(len(manifest.outputs) + len(manifest.files))
         _compare_files(root, opened, conversion, manifest)
@@ -96,33 +108,13 @@ class _Progress:
             self.report(self.done, self.total)
 
 
-def _check_hashes(root: Path, manifest: Manifest, pool: ThreadPoolExecutor, add: Callable[[int], None]) -> None:
-    """Check every file against the manifest, and that there are no other weights."""
-    expected = {name: output.sha256 for name, output in manifest.outputs.items()} | manifest.files
-    present = {path.relative_to(root).as_posix() for path in root.rglob("*.safetensors")}
-    if extra := sorted(present - set(manifest.outputs)):
-        raise DifferenceError(f"{root / extra[0]}: is not in the manifest")
-    for name, digest in zip(expected, pool.map(lambda name: _digest(root / name), expected), strict=True):
-        if digest != expected[name]:
-            raise DifferenceError(f"{root / name}: SHA-256 is {digest}, the manifest says {expected[name]}")
-        add(manifest.outputs[name].size if name in manifest.outputs else 0)
-
-
-def _digest(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise DifferenceError(f"{path}: missing") from None
-
-
 def _compare_files(root: Path, source: Source, conversion: Conversion, manifest: Manifest) -> None:
     """Compare everything but the tensors' bytes: the other files, and the headers of the weight files."""
     made = {"config.json": conversion.config} | ({INDEX: conversion.index} if conversion.index else {})
     expected = {name: hashlib.sha256(data).hexdigest() for name, data in made.items()}
     for name in conversion.others:
         with source.fetch(name) as path:
-            expected[name] = _digest(path)
+            expected[name] = digest_of(path)
     for name in sorted(expected.keys() | manifest.files.keys()):
         if expected.get(name) != manifest.files.get(name):
             raise DifferenceError(f"{root / name}: is not what the conversion of {source.label} writes")

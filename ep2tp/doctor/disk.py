@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,13 +36,16 @@ def check_disk(folder: Path | None) -> Iterator[Finding]:
     if folder is None:
         yield Finding(CHECK, Level.UNCHECKED, "read speed: no folder was named", "", "ep2tp doctor --folder MODEL")
         return
-    files = [path for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
-    largest = max(files, key=lambda path: path.stat().st_size, default=None)
-    if largest is None or largest.stat().st_size < _SMALLEST:
-        what = f"{folder}: no file of {_SMALLEST >> 20} MiB or more to read"
-        yield Finding(CHECK, Level.UNCHECKED, what, "", "name a model's folder")
+    problems: list[OSError] = []
+    largest, size = max(_files(folder, problems.append), key=lambda found: found[1], default=(folder, 0))
+    if size < _SMALLEST:
+        yield _nothing_to_read(folder, problems)
         return
-    speed = read_speed(largest)
+    try:
+        speed = read_speed(largest)
+    except OSError as error:
+        yield _unreadable(largest, error)
+        return
     rate = speed.bytes_per_second
     cached = "" if speed.is_direct else " (through the page cache, so it may be slower when cold)"
     what = f"{largest.name} reads at {rate / 1e9:.2f} GB/s{cached}: 100 GB take {100e9 / rate:.0f} s"
@@ -51,6 +55,32 @@ def check_disk(folder: Path | None) -> Iterator[Finding]:
         yield Finding(CHECK, Level.DEGRADED, what, why, do)
     else:
         yield Finding(CHECK, Level.OK, what)
+
+
+def _files(folder: Path, report: Callable[[OSError], None]) -> Iterator[tuple[Path, int]]:
+    """Regular files below a folder, with their sizes; calls ``report`` with what keeps one from being looked at."""
+    for parent, _, names in os.walk(folder, onerror=report):
+        for path in (Path(parent, name) for name in names):
+            try:
+                status = path.stat()
+            except OSError as error:
+                report(error)
+                continue
+            if stat.S_ISREG(status.st_mode):
+                yield path, status.st_size
+
+
+def _nothing_to_read(folder: Path, problems: Sequence[OSError]) -> Finding:
+    if problems:
+        return _unreadable(Path(problems[0].filename), problems[0])
+    what = f"{folder}: no file of {_SMALLEST >> 20} MiB or more to read"
+    return Finding(CHECK, Level.UNCHECKED, what, "", "name a model's folder")
+
+
+def _unreadable(path: Path, error: OSError) -> Finding:
+    what = f"read speed: {path} cannot be read ({error.strerror})"
+    why = "an engine that this user starts cannot read it either"
+    return Finding(CHECK, Level.UNCHECKED, what, why, "see who may read it, and whether its disk is well (dmesg)")
 
 
 def read_speed(path: Path, limit_s: float = LIMIT_S, limit_bytes: int = LIMIT_BYTES) -> Speed:

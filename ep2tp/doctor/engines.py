@@ -7,8 +7,9 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 
-from ep2tp.doctor.finding import Finding, Level
+from ep2tp.doctor.finding import Finding, Level, isolated
 from ep2tp.doctor.libraries import is_installed
 
 CHECK = "engines"
@@ -20,11 +21,15 @@ def check_engines(limit_s: float = LIMIT_S) -> Iterator[Finding]:
     """One finding for each engine, checked in a process that is ended after ``limit_s``."""
     installed = [name for name in _NAMES if is_installed(name)]
     for name in installed:
-        yield _check(name, limit_s)
+        yield from isolated(CHECK, partial(_checked, name, limit_s), f"the check of {_NAMES[name]}")
     if not installed:
         what = f"neither vLLM nor SGLang is installed beside {sys.executable}"
         why = "ep2tp works inside one of them; nothing of it can be checked"
         yield Finding(CHECK, Level.DEGRADED, what, why, "run this in the environment that serves")
+
+
+def _checked(name: str, limit_s: float) -> Iterator[Finding]:
+    yield _check(name, limit_s)
 
 
 def _check(name: str, limit_s: float) -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -37,6 +37,26 @@ class Finding:
     what: str
     why: str = ""
     do: str = ""
+
+
+def isolated(check: str, find: Callable[[], Iterable[Finding]], subject: str = "this check") -> Iterator[Finding]:
+    """A check's findings; where it breaks off, those that it made before, and that it broke off: others go on.
+
+    Args:
+        check: its name.
+        find: the check.
+        subject: what broke off, in words.
+    """
+    try:
+        yield from find()
+    except Exception as error:  # whatever it is, the other checks' findings are worth having
+        do = "where the reason is not this machine's, please report it to ep2tp"
+        yield Finding(check, Level.UNCHECKED, f"{subject} broke off: {in_words(error)}", "", do)
+
+
+def in_words(error: Exception) -> str:
+    """An error's kind and message."""
+    return f"{type(error).__name__}: {error}"
 
 
 def of_each(findings: Iterable[tuple[str, Finding]], what: str, count: int) -> Iterator[Finding]:

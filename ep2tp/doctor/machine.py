@@ -110,12 +110,16 @@ class Machine:
 
 def read_machine() -> Machine:
     """Ask NVML for the GPUs that this process may use (``CUDA_VISIBLE_DEVICES`` is respected)."""
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return Machine(problem=str(error))
+        import pynvml
+
+        return _from_nvml(pynvml)
+    except Exception as error:  # NVML is the driver's library: whatever it does, the other checks go on
+        return Machine(problem=str(error) or type(error).__name__)
+
+
+def _from_nvml(pynvml: Any) -> Machine:
+    pynvml.nvmlInit()
     try:
         visible = visible_gpus(pynvml)
         handles = visible.handles
@@ -127,8 +131,6 @@ def read_machine() -> Machine:
             pairs=tuple(_pair(pynvml, a, b, handles) for a, b in combinations(range(len(handles)), 2)),
             hidden=visible.problem,
         )
-    except pynvml.NVMLError as error:
-        return Machine(problem=str(error))
     finally:
         pynvml.nvmlShutdown()
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,7 @@ def _what_it_said(process: subprocess.Popen[str]) -> str:
     try:
         return process.communicate(timeout=_KILL_WAIT_S)[0]
     except subprocess.TimeoutExpired as error:  # the driver holds on to it: it cannot be ended, and is left
-        return (error.output or b"").decode()
+        return (error.output or b"").decode(errors="replace")
 
 
 def read_proof(out: str, ending: str) -> Proof:
@@ -86,8 +87,7 @@ def read_proof(out: str, ending: str) -> Proof:
         ending: how the process ended, in words.
     """
     proven, because, begun = dict[str, bool](), dict[str, str](), None
-    for line in out.splitlines():
-        value: dict[str, Any] = json.loads(line)
+    for value in _objects(out):
         if "failed" in value:
             return Proof(proven, because) if because else Proof({}, {}, value["failed"])
         if "begins" in value:
@@ -100,6 +100,15 @@ def read_proof(out: str, ending: str) -> Proof:
     if begun is not None:
         proven[begun], because[begun] = False, ending
     return Proof(proven, because, "" if proven else ending)
+
+
+def _objects(out: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects among some lines; the driver may print there, too, and a process that was ended, half a line."""
+    for line in out.splitlines():
+        with suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                yield value
 
 
 def check_transfers(machine: Machine, proofs: list[Proof]) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TextIO
 
 from ep2tp.observe import ep2tp_log, sglang_log, vllm_log
+from ep2tp.observe.envelope import opened
 from ep2tp.observe.evidence import Evidence, Reading, Strength
 from ep2tp.observe.nccl import NcclLog
 from ep2tp.observe.signs import Sign
@@ -53,7 +54,7 @@ def read_log(stream: TextIO) -> Iterator[Evidence]:
         stream: text, opened with ``errors="replace"``.
     """
     launch, nccl = _Launch(), NcclLog()
-    for number, raw in _lines(stream):
+    for number, raw in opened(_lines(stream)):
         if "NCCL INFO" in raw:
             nccl.feed(number, raw)
             continue

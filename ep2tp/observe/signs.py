@@ -46,4 +46,4 @@ def always(reading: Reading) -> Callable[[re.Match[str]], Reading]:
 
 def tags(text: str) -> dict[str, int]:
     """Ranks from a process name or log prefix: ``_TP0_EP1`` and `` TP0 EP1`` are ``{"TP": 0, "EP": 1}``."""
-    return {name: int(rank) for name, rank in re.findall(r"(?<![A-Z])([A-Z]+(?:_[A-Z]+)*)(\d+)", text)}
+    return {name: int(rank) for name, rank in re.findall(r"(?<![A-Z])([A-Z]+(?:_[A-Z]+)*)(\d{1,9})", text)}

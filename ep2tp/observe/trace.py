@@ -61,9 +61,9 @@ def read_trace(stream: IO[bytes], name: str = "trace") -> Iterator[Evidence]:
     """
     kernels, operators, layers, titles = Tally(), Tally(), {layer: 0 for _, layer in _LAYERS}, dict[str, None]()
     for event in _events(stream, name):
-        words = str(event.get("name", ""))
-        if event.get("ph") == "M" and words == "process_name":
-            titles[str(event.get("args", {}).get("name"))] = None
+        words = _text(event.get("name"))
+        if event.get("ph") == "M" and words == "process_name" and isinstance(event.get("args"), dict):
+            titles[_text(event["args"].get("name"))] = None
         if event.get("ph") != "X":
             continue
         if event.get("cat") == "kernel":
@@ -101,6 +101,11 @@ def _counted(tally: Tally, layers: dict[str, int]) -> Iterator[Evidence]:
         yield Evidence(reading, text)
     if step := tally.step():
         yield Evidence(Reading("one step, which the end of the trace repeats", strength=Strength.NOTE), in_words(step))
+
+
+def _text(value: Any) -> str:
+    """A field that should be a string; empty where a trace has anything else there."""
+    return value if isinstance(value, str) else ""
 
 
 def _events(stream: IO[bytes], name: str) -> Iterator[dict[str, Any]]:

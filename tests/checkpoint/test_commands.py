@@ -44,6 +44,24 @@ def test_convert_and_verify(source: str, tmp_path: Path) -> None:
     assert code == 3 and "config.json" in json.loads(text.splitlines()[0])["difference"]
 
 
+def test_every_difference_is_named(source: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(reshard_command, source, str(out), "--tp", "2")[0] == 0
+    weights = sorted(out.glob("*.safetensors"))[0]
+    for path in (weights, out / "config.json"):
+        path.unlink()
+        path.mkdir()
+    code, text = run(verify_command, str(out), "--json")
+    found = json.loads(text.splitlines()[0])
+    assert code == 3 and found["difference"] == found["differences"][0]
+    assert [line.partition(":")[0] for line in found["differences"]] == [str(weights), str(out / "config.json")]
+    (out / "ep2tp.json").unlink()
+    (out / "ep2tp.json").mkdir()
+    code, text = run(verify_command, str(out), "--json")
+    failed = json.loads(text.splitlines()[0])
+    assert code == 1 and failed["status"] == "failed" and "ep2tp.json: cannot be read" in failed["error"]
+
+
 def test_exit_codes(source: str, tmp_path: Path) -> None:
     code, text = run(reshard_command, str(tmp_path / "nowhere"), str(tmp_path / "out"), "--tp", "2")
     assert code == 1 and "no such folder" in text

@@ -45,6 +45,27 @@ result = reshard(model, out, tp=4, stream=sys.argv[2] == "stream", revision="v1"
                  **options)
 print(result.status, peak)
 """
+VERIFY = """
+import json, os, sys, tempfile
+from pathlib import Path
+from ep2tp.checkpoint import verify as module
+from ep2tp.checkpoint.hub import HubSource
+fetch, compare, places = HubSource.fetch, module.compare_tensor, set()
+def counting(self, name):
+    places.add(str(self._beside.parent.parent))
+    return fetch(self, name)
+def compared(*words):
+    if sys.argv[3] == "kill":
+        os.kill(os.getpid(), 9)
+    if sys.argv[3] == "wait":
+        print("comparing", flush=True)
+        sys.stdin.readline()
+        sys.argv[3] = ""
+    compare(*words)
+HubSource.fetch, module.compare_tensor = counting, compared
+found = module.verify(sys.argv[1], sys.argv[2], stream=True, revision="v1")
+print(found.tensors, *places)
+"""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -119,15 +140,24 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, type[Hu
 def convert(
     hub: tuple[str, type[Hub]], tmp_path: Path, way: str, model: str, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
+    command = [sys.executable, "-c", RUN, str(tmp_path / "out"), way, model, json.dumps(options)]
+    return subprocess.run(command, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=120)
+
+
+def environment(hub: tuple[str, type[Hub]], tmp_path: Path) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TMPDIR"} | {
         "HF_ENDPOINT": hub[0],
         "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    command = [sys.executable, "-c", RUN, str(tmp_path / "out"), way, model, json.dumps(options)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def start_verify(hub: tuple[str, type[Hub]], tmp_path: Path, then: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", VERIFY, str(tmp_path / "out"), "lab/model", then]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, env=environment(hub, tmp_path), text=True, **pipes)
 
 
 @pytest.mark.parametrize("way", ["stream", "cache"])
@@ -163,6 +193,29 @@ def test_killed_while_streaming(hub: tuple[str, type[Hub]], tmp_path: Path) -> N
     assert done.stdout.split() == ["done", "1"], done.stderr[-3000:]
     verify(out, hub[1].folder / "model")
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_verify_while_another_verifies_and_after_one_was_killed(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    """Each has its own file of the moment, beside the checkpoint, in which not even a time stamp changes."""
+    model, out = hub[1].folder / "model", tmp_path / "out"
+    reshard(model, out, tp=4)
+    tensors = str(verify(out, model).tensors)
+    files, before = {path.name for path in tmp_path.iterdir()} | {"home"}, out.stat().st_mtime_ns
+    killed = start_verify(hub, tmp_path, "kill")
+    killed.communicate(timeout=120)
+    assert killed.returncode == -9
+    left = {path for path in tmp_path.iterdir() if path.name not in files}
+    assert [path.name.startswith("out.verify-") for path in left] == [True]
+    waiting = start_verify(hub, tmp_path, "wait")
+    assert waiting.stdout is not None
+    assert waiting.stdout.readline() == "comparing\n"
+    for process in (start_verify(hub, tmp_path), waiting):
+        said, errors = process.communicate("go on\n", timeout=120)
+        assert process.returncode == 0, errors[-3000:]
+        count, place = said.split()
+        assert (count, Path(place).parent) == (tensors, tmp_path)
+    assert {path for path in tmp_path.iterdir() if path.name not in files} == left
+    assert out.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("way", ["stream", "cache"])

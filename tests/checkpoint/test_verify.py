@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 
+from ep2tp.checkpoint.fetching import fetching_place
 from ep2tp.checkpoint.reader import read_header
 from ep2tp.checkpoint.reshard import reshard
 from ep2tp.checkpoint.verify import verify
 from ep2tp.errors import CheckpointError, DifferenceError
 from tests.checkpoint.checkpoints import Model
+from tests.checkpoint.other_user import as_nobody, open_folder
 
 NAME = "model.layers.1.mlp.experts.1.down_proj.weight"
 
@@ -86,6 +93,113 @@ def test_changed_files(source: Path, tmp_path: Path, damage: Callable[[Path], No
     damage(tmp_path / "out")
     with pytest.raises(DifferenceError):
         verify(tmp_path / "out")
+
+
+def test_what_ep2tp_fetches_is_no_part_of_the_checkpoint(source: Path, tmp_path: Path) -> None:
+    """A reshard that was killed while it streamed leaves such a file, and one that is at work has it."""
+    out = tmp_path / "out"
+    reshard(source, out, tp=2)
+    (out / ".ep2tp" / "fetch-0").mkdir(parents=True)
+    (out / ".ep2tp" / "fetch-0" / "model.safetensors").write_bytes(b"half a file")
+    assert verify(out, source).tensors
+    (out / "sub" / ".ep2tp").mkdir(parents=True)
+    (out / "sub" / ".ep2tp" / "extra.safetensors").write_bytes(b"")
+    with pytest.raises(DifferenceError, match=r"sub/.ep2tp/extra.safetensors: is not in the manifest"):
+        verify(out)
+
+
+def test_a_file_that_cannot_be_read_is_one_difference_and_the_rest_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    reshard(Model("fp8_block_f32", files=3).write(tmp_path / "source"), out, tp=2)
+    first, second, third = sorted(out.glob("*.safetensors"))
+    first.unlink()
+    first.mkdir()
+    real = hashlib.file_digest
+
+    def digest(stream: BinaryIO, name: str) -> object:
+        if stream.name == str(second):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(stream, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    with third.open("ab") as file:
+        file.write(b"x")
+    (out / "config.json").unlink()
+    os.mkfifo(out / "config.json")  # opening it would wait for a writer
+    (out / "tokenizer.json").unlink()
+    with pytest.raises(DifferenceError) as caught:
+        verify(out)
+    said = dict(line.split(": ", 1) for line in str(caught.value).splitlines())
+    assert said.keys() == {str(out / name) for name in (first, second, third, "config.json", "tokenizer.json")}
+    assert said[str(first)].startswith("cannot be read (not a regular file)")
+    assert said[str(second)].startswith("cannot be read (Input/output error); see who may read it")
+    assert said[str(third)].startswith("SHA-256 is")
+    assert said[str(out / "tokenizer.json")] == "missing"
+
+
+@pytest.mark.parametrize("closed", ["rank-0-of-2", "shared/model-00001-of-00001.safetensors"])
+def test_what_this_user_may_not_read(closed: str) -> None:
+    with open_folder() as folder:
+        out = folder / "out"
+        reshard(Model("fp8_block_f32", files=1).write(folder / "source"), out, tp=2, layout="ranks")
+        (out / closed).chmod(0)
+        with as_nobody(), pytest.raises(DifferenceError) as caught:
+            verify(out)
+    assert all(line.startswith(str(out / closed)) for line in str(caught.value).splitlines())
+    assert "cannot be read (Permission denied)" in str(caught.value)
+
+
+@pytest.mark.parametrize("named", ["output", "source"])
+def test_a_read_that_fails_while_tensors_are_compared_names_its_file(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    out = tmp_path / "out"
+    reshard(source, out, tp=2)
+    [bad] = (out if named == "output" else source).glob("*.safetensors")
+    real, inode = os.preadv, bad.stat().st_ino
+
+    def preadv(file: int, *words: Any) -> int:
+        if os.fstat(file).st_ino == inode:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(file, *words)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(CheckpointError, match=rf"^{bad}: Input/output error; nothing is proven") as caught:
+        verify(out, source)
+    assert not isinstance(caught.value, DifferenceError)
+
+
+def test_a_manifest_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "ep2tp.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"ep2tp.json: cannot be read \(Is a directory\)"):
+        verify(tmp_path)
+
+
+def test_a_folder_that_is_a_link_to_itself(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    reshard(source, out, tp=2, layout="ranks")
+    shutil.rmtree(out / "rank-0-of-2")
+    (out / "rank-0-of-2").symlink_to("rank-0-of-2")
+    with pytest.raises(CheckpointError, match="is a link"):
+        verify(out)
+
+
+def test_where_a_file_of_the_moment_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the checkpoint; in the system's folder where that cannot be, or where the user says so."""
+    monkeypatch.delenv("TMPDIR", raising=False)
+    with fetching_place(tmp_path / ("o" * 255)) as place:
+        assert place.parent.parent == tmp_path
+        place.mkdir()
+        (place / "file").write_bytes(b"x")
+    assert not list(tmp_path.iterdir())
+    with open_folder() as folder, as_nobody(), fetching_place(folder / "out") as place:
+        assert place.parent.parent == Path(tempfile.gettempdir())
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    with open_folder() as folder, fetching_place(folder / "out") as place:
+        assert place.parent.parent == tmp_path
 
 
 def test_another_source(source: Path, tmp_path: Path) -> None:

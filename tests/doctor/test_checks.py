@@ -23,6 +23,7 @@ from ep2tp.doctor.links import check_links
 from ep2tp.doctor.machine import Machine, read_machine
 from ep2tp.doctor.surroundings import check_registry, check_shared_memory, check_variables
 from ep2tp.doctor.transfers import Proof, check_transfers
+from tests.checkpoint.other_user import as_nobody, open_folder
 from tests.doctor.machines import BROKEN, COPIES_ONLY, LOST_ATOMICS, PROVEN, WITHOUT_ATOMICS, machine
 
 
@@ -255,6 +256,18 @@ class TestSoftware:
         assert changed.level is Level.DEGRADED
         assert "vllm.entrypoints" in changed.what
 
+    def test_an_engine_whose_check_breaks_off_does_not_hide_the_other(self, monkeypatch: Any) -> None:
+        monkeypatch.setattr("ep2tp.doctor.engines.is_installed", lambda name: True)
+        answers = iter(["no JSON\n", '{"version": "9.9", "problem": null}\n'])
+        run = SimpleNamespace(returncode=0, stderr="")
+        monkeypatch.setattr(
+            "subprocess.run", lambda *words, **options: SimpleNamespace(**vars(run), stdout=next(answers))
+        )
+        first, second = check_engines()
+        assert first.level is Level.UNCHECKED
+        assert first.what.startswith("the check of vLLM broke off: JSONDecodeError: ")
+        assert second.what.startswith("SGLang 9.9: a version that ep2tp knows")
+
     @pytest.mark.engine
     def test_the_installed_engines_seams_hold(self) -> None:
         pytest.importorskip("vllm")
@@ -295,6 +308,36 @@ class TestDisk:
         monkeypatch.setattr(os, "readv", lambda fd, buffers: reads.append(fd) or real(fd, buffers))
         read_speed(tmp_path / "large", limit_bytes=32 << 20)
         assert len(reads) == 2
+
+    def test_a_file_that_may_not_be_read_is_a_finding_that_says_so(self) -> None:
+        with open_folder() as folder:
+            (folder / "large").write_bytes(bytes(64 << 20))
+            (folder / "large").chmod(0)
+            with as_nobody():
+                [finding] = check_disk(folder)
+        assert finding.level is Level.UNCHECKED
+        assert f"{folder / 'large'} cannot be read (Permission denied)" in finding.what
+
+    def test_a_link_into_a_closed_folder_hides_that_file_alone(self) -> None:
+        with open_folder() as folder:
+            (folder / "blobs").mkdir()
+            (folder / "blobs" / "hidden").write_bytes(bytes(96 << 20))
+            (folder / "model.safetensors").symlink_to(folder / "blobs" / "hidden")
+            (folder / "blobs").chmod(0)
+            with as_nobody():
+                [alone] = check_disk(folder)
+            (folder / "open").write_bytes(bytes(64 << 20))
+            with as_nobody():
+                [beside] = check_disk(folder)
+            (folder / "blobs").chmod(0o755)
+        assert alone.level is Level.UNCHECKED
+        assert "cannot be read (Permission denied)" in alone.what
+        assert beside.what.startswith("open reads at ")
+
+    def test_a_link_that_leads_nowhere_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
+        [finding] = check_disk(tmp_path)
+        assert f"{tmp_path / 'model.safetensors'} cannot be read (No such file" in finding.what
 
 
 def test_nvml_is_asked_for_what_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,3 +395,13 @@ def test_nvml_is_asked_for_what_this_process_may_use(monkeypatch: pytest.MonkeyP
     found = read_machine()
     assert [gpu.uuid for gpu in found.gpus] == ["GPU-2"]
     assert found.hidden.startswith("CUDA_VISIBLE_DEVICES=2,3: '3' does not name one")
+
+
+def test_nvml_that_breaks_is_a_machine_whose_gpus_cannot_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(nvmlInit=init, NVMLError=OSError))
+    assert "invalid start byte" in read_machine().problem
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+    assert "pynvml" in read_machine().problem

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from ep2tp.cli import main
 from ep2tp.doctor import cache
+from ep2tp.doctor import examine as examined
 from ep2tp.doctor.examine import examine
 from ep2tp.doctor.finding import Finding, Level, verdict
 from ep2tp.doctor.gpus import check_gpus
@@ -61,6 +63,40 @@ def test_the_verdict(
     use_probe(monkeypatch, proof)
     monkeypatch.setattr("ep2tp.doctor.examine.check_shared_memory", lambda _: [])
     assert verdict(list(examine(subject, None, False, tmp_path))) == expected
+
+
+CHECKS = [name for name in vars(examined) if name.startswith("check_")]
+
+
+@pytest.mark.parametrize("broken", CHECKS)
+def test_a_check_that_breaks_off_loses_no_other_finding(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one(name: str) -> Callable[..., Iterator[Finding]]:
+        def check(*_: object) -> Iterator[Finding]:
+            yield Finding(name, Level.OK, "found")
+            if name == broken:
+                raise PermissionError(13, "Permission denied", "/sys/device")
+
+        return check
+
+    use_probe(monkeypatch, PROVEN)
+    for name in CHECKS:
+        monkeypatch.setattr(examined, name, one(name))
+    findings = list(examine(machine(2), None, False))
+    assert sorted(finding.check for finding in findings if finding.what == "found") == sorted(CHECKS)
+    [unchecked] = [finding for finding in findings if finding.what != "found"]
+    assert unchecked.level is Level.UNCHECKED
+    assert "broke off: PermissionError: [Errno 13] Permission denied: '/sys/device'" in unchecked.what
+
+
+def test_a_probe_that_breaks_off_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prove(subject: Machine) -> list[Proof]:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(cache, "prove", prove)
+    found = {finding.check: finding for finding in examine(machine(2), None, False) if finding.level is not Level.NOTE}
+    assert found["P2P"].level is found["custom all-reduce"].level is Level.UNCHECKED
+    assert "not proven: OSError: [Errno 12] Cannot allocate memory" in found["P2P"].what
+    assert found["GPUs"].level is Level.OK
 
 
 def test_what_was_proven_is_kept_for_these_gpus_and_this_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,6 +111,11 @@ def test_output_of_a_probe_that_stopped_half_way() -> None:
     assert read_proof(broken, "").because == {"copy forth": "wrong"}
 
 
+def test_lines_of_others_in_a_probes_output_are_passed_over() -> None:
+    out = 'a driver says\n3\n{"begins": "copy forth"}\n{"step": "copy forth", "proven": true}\n{"begi'
+    assert read_proof(out, "it was ended") == Proof({"copy forth": True}, {})
+
+
 def test_the_kernels_assemble(tmp_path: Path) -> None:
     ptxas = shutil.which("ptxas")
     if ptxas is None:

@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,57 @@ def test_colours_and_time_stamps_before_the_prefix() -> None:
         assert len(of_text(stamped).evidence) == len(of_text(text).evidence)
         assert (of_text(stamped).plan, of_text(stamped).confidence) == (Plan.TEP, "high")
     assert "\x1b" not in "".join(piece.text for piece in of_text(stamped).evidence)
+
+
+def docker(text: str) -> str:
+    """docker's json-file driver: an entry a line; a line of more than 16 KiB in pieces, with stdout's in between."""
+    request = json.dumps({"log": "GET /health\n", "stream": "stdout", "time": "2026-11-24T20:22:36.1Z"}) + "\n"
+    entries = []
+    for line in text.splitlines(keepends=True):
+        pieces = [line[i : i + 16_384] for i in range(0, len(line), 16_384)]
+        entries += [json.dumps({"log": piece, "stream": "stderr", "time": "t"}) + "\n" for piece in pieces]
+    return request.join(entries)
+
+
+def journald(text: str) -> str:
+    """``journalctl -o json``, of a service that writes in colours: journald lists the bytes of such a message."""
+    coloured = re.sub(r"^(\([^)]*\))", "\x1b[0;36m\\1\x1b[0;0m", text, flags=re.MULTILINE)
+    messages = [list(line.encode()) if "\x1b" in line else line for line in coloured.splitlines()]
+    return "".join(json.dumps({"_PID": "7", "MESSAGE": message, "PRIORITY": "6"}) + "\n" for message in messages)
+
+
+def json_logger(text: str) -> str:
+    return "".join(json.dumps({"level": "INFO", "message": line}) + "\n" for line in text.splitlines())
+
+
+@pytest.mark.parametrize("wrap", [docker, journald, json_logger])
+@pytest.mark.parametrize("name", [name for name in recorded() if name.endswith(".log")])
+def test_lines_in_json_objects_say_what_they_say_bare(name: str, wrap: Callable[[str], str]) -> None:
+    text = (LOGS / name).read_text()
+    wrapped, bare = of_text(wrap(text)), of_text(text)
+    assert (wrapped.plan.value, wrapped.engine, wrapped.confidence) == RECORDINGS[name]
+    assert [piece.reading for piece in wrapped.evidence] == [piece.reading for piece in bare.evidence]
+
+
+def test_the_line_numbers_are_the_files() -> None:
+    text = log("vllm-0.32.0-tep2-crashes")
+    assert [p.line for p in of_text(json_logger(text)).evidence] == [p.line for p in of_text(text).evidence]
+
+
+def test_arguments_in_two_pieces_are_read_as_one_line() -> None:
+    arguments = {"model_path": "m" * 20_000, "tp_size": 8, "ep_size": 8}
+    line = f"[2026-11-24 20:22:36] server_args={arguments!r}\n"
+    verdict = of_text(json_logger("first") + docker(line))
+    assert verdict.plan is Plan.TEP
+    assert verdict.evidence[0].line == 2
+    assert of_text(docker(line).splitlines()[0]).plan is Plan.UNKNOWN  # a log that ends there
+
+
+@pytest.mark.parametrize(
+    "line", ['{"log": 3}', '{"log": null, "message": []}', "{", '{"MESSAGE": [1, -1]}', "{}", "[" * 9999]
+)
+def test_json_without_a_message_is_a_line_like_any_other(line: str) -> None:
+    assert of_text(f"{line}\n" + log("vllm-0.32.0-tp2")).plan is Plan.TP
 
 
 @pytest.mark.parametrize("name", ["tep2-crashes", "tep2-rewritten", "dep2-crashes", "tp2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ep2tp.errors import SourceError
 from ep2tp.observe.evidence import Plan
@@ -92,6 +95,41 @@ def test_the_process_name_tells_tp_from_tep(title: str, plan: str, engine: str |
     name = {"ph": "M", "name": "process_name", "pid": 3, "args": {"name": title}}
     verdict = of_events([name, kernel("ncclDevKernel_AllReduce_Sum_bf16")])
     assert (verdict.plan.value, verdict.engine) == (plan, engine)
+
+
+WORDS = st.sampled_from(["M", "X", "process_name", "kernel", "cpu_op", "VLLM::Worker_TP0", "c10d::allreduce_"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.just("name"), inner, max_size=3),
+    max_leaves=6,
+)
+EVENTS = JSON | st.fixed_dictionaries({}, optional=dict.fromkeys(("ph", "name", "cat", "args"), WORDS | JSON))
+
+
+@given(value=JSON | st.lists(EVENTS) | st.fixed_dictionaries({"traceEvents": st.lists(EVENTS) | JSON}))
+def test_any_json_gives_a_verdict_or_ep2tps_own_error(value: Any) -> None:
+    with contextlib.suppress(SourceError):  # numbers that JSON does not have
+        assert judge(read_trace(io.BytesIO(json.dumps(value).encode()))).plan in Plan
+
+
+@pytest.mark.parametrize(
+    "arguments", [None, [], "VLLM::Worker_TP0", {}, {"name": None}, {"name": ["VLLM::Worker_TP0"]}]
+)
+def test_a_process_without_a_name_takes_nothing_from_the_others(arguments: Any) -> None:
+    nameless = {"ph": "M", "name": "process_name", "args": arguments}
+    worker = {"ph": "M", "name": "process_name", "args": {"name": "VLLM::Worker_TP1"}}
+    verdict = of_events([nameless, worker, kernel("ncclDevKernel_AllReduce_Sum_bf16")])
+    assert (verdict.plan, verdict.engine) == (Plan.TP, "vllm")
+
+
+def test_a_title_with_a_number_too_long_to_be_a_rank() -> None:
+    title = "VLLM::Worker_TP" + "9" * 5000
+    assert of_events([{"ph": "M", "name": "process_name", "args": {"name": title}}]).plan is Plan.TP
+
+
+def test_names_that_are_nested_deeply() -> None:
+    trace = b'[{"ph": "X", "name": ' + b"[" * 5000 + b"]" * 5000 + b"}]"
+    assert judge(read_trace(io.BytesIO(trace))).plan is Plan.UNKNOWN
 
 
 _MEASURE = """
