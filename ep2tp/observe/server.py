@@ -39,7 +39,10 @@ def read_server(url: str) -> Iterator[Evidence]:
     base = url.rstrip("/").removesuffix("/v1")
     info = _ask(base, "/server_info?config_format=json") or _ask(base, "/get_server_info")
     if info and isinstance(info.get("vllm_config"), dict):
-        yield from _vllm_config(info["vllm_config"])
+        try:
+            yield _vllm_config(info["vllm_config"])
+        except (AttributeError, TypeError, ValueError) as error:
+            raise SourceError(f"{url}: /server_info tells no parallel sizes as vLLM's does ({error})") from None
         return
     if info and "tp_size" in info:
         yield from _sglang_info(info)
@@ -62,7 +65,7 @@ def _check(url: str) -> None:
         raise SourceError(f"{url}: not a server's URL ({why}); name its base, such as http://127.0.0.1:8000")
 
 
-def _vllm_config(config: dict[str, Any]) -> Iterator[Evidence]:
+def _vllm_config(config: dict[str, Any]) -> Evidence:
     parallel = config.get("parallel_config", {})
     names = ("tensor_parallel_size", "data_parallel_size", "prefill_context_parallel_size")
     tp, dp, pcp = (int(parallel.get(name) or 1) for name in names)
@@ -70,7 +73,7 @@ def _vllm_config(config: dict[str, Any]) -> Iterator[Evidence]:
     backend = parallel.get("all2all_backend")
     sizes = f"tensor_parallel_size={tp}, data_parallel_size={dp}, enable_expert_parallel={is_expert_parallel}"
     text = f"/server_info: {sizes}, all2all_backend={backend}"
-    yield Evidence(vllm_layout(tp, dp, pcp, is_expert_parallel, backend), text, None, "vllm")
+    return Evidence(vllm_layout(tp, dp, pcp, is_expert_parallel, backend), text, None, "vllm")
 
 
 def _sglang_info(info: dict[str, Any]) -> Iterator[Evidence]:

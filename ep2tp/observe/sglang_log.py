@@ -11,24 +11,15 @@ from ep2tp.observe.signs import Sign, always, message, tags
 
 
 def server_args_reading(value: dict[str, object]) -> Reading | None:
-    """The plan of resolved server arguments (from the log, or ``/server_info``); None without ``tp_size``."""
-    if value.get("tp_size") is None:
+    """The plan of resolved server arguments (from the log, or ``/server_info``); None without their sizes."""
+    names = ("tp_size", "ep_size", "attn_dp_size", "dp_size", "moe_dp_size", "dwdp_size")
+    words = [str(value.get(name) or 1) for name in names]
+    if value.get("tp_size") is None or not all(re.fullmatch("[0-9]{1,9}", word) for word in words):
         return None
-
-    def size(name: str) -> int:
-        return int(str(value.get(name) or 1))
-
-    attention_dp = size("attn_dp_size")
+    tp, ep, attention_dp, dp, moe_dp, dwdp = map(int, words)
     if str(value.get("enable_dp_attention")) == "True":
-        attention_dp = max(attention_dp, size("dp_size"))
-    return sglang_layout(
-        size("tp_size"),
-        size("ep_size"),
-        str(value.get("moe_a2a_backend") or "none"),
-        attention_dp,
-        size("moe_dp_size"),
-        size("dwdp_size"),
-    )
+        attention_dp = max(attention_dp, dp)
+    return sglang_layout(tp, ep, str(value.get("moe_a2a_backend") or "none"), attention_dp, moe_dp, dwdp)
 
 
 _KEYS = (

@@ -62,6 +62,21 @@ def test_vllm_in_development_mode(changes: dict[str, Any], plan: str) -> None:
     assert (verdict.plan.value, verdict.engine, verdict.confidence) == (plan, "vllm", "high")
 
 
+@pytest.mark.parametrize("parallel", [None, [], {"tensor_parallel_size": "two"}, {"tensor_parallel_size": [2]}])
+def test_sizes_of_another_kind_are_refused(parallel: Any) -> None:
+    with (
+        serving({"/server_info": {"vllm_config": {"parallel_config": parallel}}}) as url,
+        pytest.raises(SourceError, match="tells no parallel sizes"),
+    ):
+        list(read_source(url))
+
+
+@pytest.mark.parametrize("size", ["two", [2], 2.5, -2])
+def test_sglangs_sizes_of_another_kind_tell_nothing(size: Any) -> None:
+    with serving({"/server_info": {"tp_size": size}}) as url:
+        assert judge(read_source(url)).plan is Plan.UNKNOWN
+
+
 @pytest.mark.parametrize("path", ["/server_info", "/get_server_info"])
 def test_sglang(path: str) -> None:
     info = {"tp_size": 4, "ep_size": 4, "moe_a2a_backend": "none", "attn_dp_size": 1, "version": "0.5.23"}
