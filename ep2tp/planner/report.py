@@ -153,6 +153,8 @@ def _print_item(console: Console, text: Text) -> None:
 def _runs(a: Assessment) -> str:
     if a.blockers:
         return "no: does not divide"
+    if not a.is_served:
+        return "no: in no engine"
     if not a.fits:
         return "no: too large"
     if a.plan is None:
