@@ -25,8 +25,9 @@ class Weights:
     """Bytes of weights on the GPU that holds most.
 
     Attributes:
-        routed, shared, dense, attention, embeddings, other: by part, with padding; ``other`` is routers, norms and
-            vision towers.
+        routed, shared, dense, attention, embeddings, other: by part, with padding; ``other`` is routers and norms.
+        encoder: encoders of images and sound. Both engines build them on every pipeline stage, though only the first
+            runs them (vLLM 0.32.0, SGLang 0.5.23: models/qwen3_vl.py); counted whole, though TP slices some.
         padding: bytes of these that are ep2tp's padding.
     """
 
@@ -36,12 +37,14 @@ class Weights:
     attention: float
     embeddings: float
     other: float
+    encoder: float
     padding: float
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.routed + self.shared + self.dense + self.attention + self.embeddings + self.other
+        mlp = self.routed + self.shared + self.dense
+        return mlp + self.attention + self.embeddings + self.other + self.encoder
 
     @property
     def padding_share(self) -> float:
@@ -112,7 +115,8 @@ def stage_weights(facts: ModelFacts, inventory: Inventory, layout: Layout, plan:
         **padded,
         attention=stage.layers * attention,
         embeddings=stage.has_embedding * embedding + (stage.has_head and not holds_one_for_both) * head,
-        other=stage.moe * inventory.router + inventory.other,
+        other=stage.moe * inventory.router + inventory.other * stage.layers / facts.layers,
+        encoder=inventory.encoder,
         padding=sum(padded.values()) - sum(bare.values()),
     )
 

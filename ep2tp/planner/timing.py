@@ -120,7 +120,7 @@ def _stage_step(setting: Setting, stage: Stage, tokens: int, sequences: int, con
     here = rows * tokens // sequences
     rest = _dense_ms(setting, stage, here) + _head_ms(setting, stage, rows)
     slices = setting.inventory.attention.ranks_of_kv(setting.layout.attention_ranks)
-    cache = here * stage.layers * setting.inventory.attention.cache_of(context) / slices
+    cache = here * stage.layers * setting.inventory.attention.read_of(context) / slices
     return Step(
         weights=mean + rest,
         straggler=busiest - mean,

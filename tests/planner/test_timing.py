@@ -110,6 +110,37 @@ def test_more_work_takes_longer(name: str, gpus: int, batch: int, context: int) 
         assert faster.decode[batch].total < few.total
 
 
+def test_sparse_attention_reads_what_its_indexer_selects() -> None:
+    """DeepSeek-V3.2 at 65,536 tokens: all keys of the indexer, latents of 2,048 tokens; all of both are kept."""
+    question, plans = assessed("DeepSeek-V3.2(-Exp)", "fp8_block128", 8, "H200", "nvlink", batches=(1,), context=65536)
+    layer = 65536 * 132 + 2048 * 576 * 2
+    assert plans["TP 8"].decode[1].cache == pytest.approx(61 * layer / 4.8e12 * 1e3)
+    assert plans["TP 8"].cache == 61 * 65536 * (132 + 576 * 2)
+    attention = question.inventory.attention
+    assert attention.read_of(2048) == attention.cache_of(2048) == 2048 * (132 + 576 * 2)
+
+
+def test_of_compressed_layers_half_are_sparse() -> None:
+    """V4-Flash, 65,536 tokens: 21 layers compress by 4 and select 512 entries, 20 by 128; all have windows."""
+    _, inventory = model("DeepSeek-V4-Flash")
+    windows, fours, wides = 43 * 128 * 584, 21 * 65536 / 4, 20 * 65536 / 128 * 584
+    assert 43 * inventory.attention.cache_of(65536) == pytest.approx(windows + fours * (132 + 584) + wides)
+    assert 43 * inventory.attention.read_of(65536) == pytest.approx(windows + fours * 132 + 21 * 512 * 584 + wides)
+
+
+def test_a_decode_step_reads_no_encoder_but_norms_and_routers() -> None:
+    question, plans = assessed(NAME, FORM, 4, "H100", "nvlink", batches=(1,))
+    before = plans["TP 4"].decode[1].weights, plans["TPxPP 1x4"].decode[1].weights
+    more = replace(question, inventory=replace(question.inventory, encoder=1e9, other=4.8e6))
+    after = {str(layout): assess(more, layout) for layout in layouts_for(4)}
+    ms = 4.8e6 / 3.35e12 * 1e3
+    assert after["TP 4"].decode[1].weights - before[0] == pytest.approx(ms)
+    assert after["TPxPP 1x4"].decode[1].weights - before[1] == pytest.approx(ms)  # a quarter, in each of four stages
+    for name in ("TP 4", "TPxPP 1x4"):  # both engines build the encoder on every stage
+        extra = 1e9 + 4.8e6 / (4 if "PP" in name else 1)
+        assert after[name].weights.total - plans[name].weights.total == pytest.approx(extra)
+
+
 def test_a_long_prompt_is_bound_by_arithmetic_and_a_short_one_by_bandwidth() -> None:
     times = []
     for tokens in (1, 16384, 32768):
