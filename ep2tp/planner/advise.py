@@ -9,7 +9,7 @@ from ep2tp.planner import whole_experts
 from ep2tp.planner.choice import best_plan, fastest, headline, held_batches
 from ep2tp.planner.compare import Assessment, Question
 from ep2tp.planner.divisibility import slices_below_block
-from ep2tp.planner.launch import Launch, launches, longest_context, nccl_settings
+from ep2tp.planner.launch import Launch, launches, longest_context, nccl_settings, refusal
 from ep2tp.planner.memory import GB, usable_bytes
 
 _USUAL_NODE = 8  # GPUs; few machines have more
@@ -117,6 +117,8 @@ def _what_does_not_run(question: Question, assessed: Sequence[Assessment]) -> li
             continue
         if a.blockers:
             found.append(f"{a.layout} cannot run: {a.blockers[0]}.")
+        elif not a.is_served:
+            found.append(f"{a.layout} runs in neither engine. {refusal(question, a, 'SGLang')}.")
         elif not a.fits:
             usable = usable_bytes(question.gpu.memory_gb) / GB
             need = (a.weights.total + a.cache) / GB
@@ -154,10 +156,24 @@ def _one_node(question: Question, commands: Mapping[str, Launch]) -> list[str]:
 
 
 def _nothing_runs(question: Question, assessed: Sequence[Assessment]) -> list[str]:
-    least = min(assessed, key=lambda a: a.weights.total + a.cache)
+    """What is in the way of all plans: memory of those that could run, or else what blocks them."""
+    able = [a for a in assessed if not a.blockers and a.is_served]
+    if not able:
+        return ["No plan runs on this number of GPUs, whatever their memory.", *_obstacles(question, assessed)]
+    least = min(able, key=lambda a: a.weights.total + a.cache)
     usable = usable_bytes(question.gpu.memory_gb) / GB
-    found = [
+    found = (
         f"No plan fits: {least.layout} needs least, {(least.weights.total + least.cache) / GB:.1f} GB a GPU, and "
         f"{usable:.1f} GB of a {question.gpu.name} are usable. Use more GPUs, a smaller quantisation or less --context."
+    )
+    return [found, *_obstacles(question, [a for a in assessed if a.fits])]
+
+
+def _obstacles(question: Question, assessed: Sequence[Assessment]) -> list[str]:
+    """Why plans do not run, whether they fit or not."""
+    blocked = [f"{a.layout} cannot run: {a.blockers[0]}." for a in assessed if a.blockers]
+    return blocked + [
+        f"{a.layout} runs in neither engine. {refusal(question, a, 'SGLang')}."
+        for a in assessed
+        if not a.blockers and not a.is_served
     ]
-    return found + [f"{a.layout} cannot run: {a.blockers[0]}." for a in assessed if a.blockers and a.fits]

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ep2tp.model.facts import ModelFacts
+from ep2tp.planner.cache_format import INDEXER_KEY_BYTES, compressed_bytes, latent_bytes, value_bytes
 from ep2tp.planner.layers import layers_of, text_part
 
-_CACHE_BYTES = 2  # BF16, both engines' default where a checkpoint does not ask for another
-_INDEXER_KEY_BYTES = 132  # DeepSeek sparse attention: 128 FP8 values and an FP32 scale for a token and layer
 _ROPE = 64
 
 
@@ -28,9 +27,11 @@ class Attention:
         kv: parameters of the key and value projections, of which no more slices exist than there are KV heads.
         replicated: parameters that every rank holds (latent projections of MLA, sparse attention's indexer).
         kv_heads: KV heads, or None where the cache is a latent that every rank holds whole (MLA).
-        cache_bytes: bytes of KV cache for a token, over all heads.
+        cache_bytes: bytes of KV cache for a token, over all heads, of which all tokens are read.
         windowed_cache_bytes: the same, of layers that keep no more than ``window`` tokens.
         window: tokens of a sliding window.
+        selected_cache_bytes: the same, of sparse attention: all tokens are kept, no more than ``selected`` are read.
+        selected: tokens of a sequence that sparse attention selects.
         is_estimate: whether the model has parts that this arithmetic does not know.
     """
 
@@ -41,6 +42,8 @@ class Attention:
     cache_bytes: float
     windowed_cache_bytes: float = 0.0
     window: int = 0
+    selected_cache_bytes: float = 0.0
+    selected: int = 0
     is_estimate: bool = False
 
     def ranks_of_kv(self, ranks: int) -> int:
@@ -49,7 +52,12 @@ class Attention:
 
     def cache_of(self, tokens: int) -> float:
         """Bytes of KV cache that one sequence of ``tokens`` takes in one layer, before slicing."""
-        return tokens * self.cache_bytes + min(tokens, self.window) * self.windowed_cache_bytes
+        kept = self.cache_bytes + self.selected_cache_bytes
+        return tokens * kept + min(tokens, self.window) * self.windowed_cache_bytes
+
+    def read_of(self, tokens: int) -> float:
+        """Bytes of it that a new token reads; of sparse attention, all keys of the indexer, and what it selects."""
+        return self.cache_of(tokens) - max(0, tokens - self.selected) * self.selected_cache_bytes
 
 
 def attention_of(facts: ModelFacts) -> Attention:
@@ -70,14 +78,24 @@ def _mla(facts: ModelFacts, part: Mapping[str, Any]) -> Attention:
     value, query = part.get("v_head_dim", 128), part.get("q_lora_rank")
     sliced = heads * (nope + rope) * (query or hidden) + latent * heads * (nope + value) + heads * value * hidden
     replicated = hidden * (latent + rope) + (hidden * query if query else 0)
-    cache = float((latent + rope) * _CACHE_BYTES)
-    if index_heads := part.get("index_n_heads"):
+    index_heads, selected, keys = part.get("index_n_heads"), part.get("index_topk") or 0, 0.0
+    if index_heads:
         width, kinds = part.get("index_head_dim", 128), part.get("indexer_types")
         share = kinds.count("full") / len(kinds) if kinds else 1  # GLM-5.2: most layers use the indexer of another
         replicated += share * ((query or hidden) * index_heads * width + hidden * (width + index_heads))
-        cache += share * _INDEXER_KEY_BYTES
+        keys = share * INDEXER_KEY_BYTES
+    is_sparse = bool(index_heads and selected)
+    cache = float(latent_bytes(facts.config, latent, rope, is_sparse))
     times = layers_of(facts).attentions
-    return Attention(times * sliced, 0, times * replicated, None, times * cache)
+    return Attention(
+        sliced=times * sliced,
+        kv=0,
+        replicated=times * replicated,
+        kv_heads=None,
+        cache_bytes=times * (keys if is_sparse else keys + cache),
+        selected_cache_bytes=times * cache if is_sparse else 0,
+        selected=selected if is_sparse else 0,
+    )
 
 
 def _gqa(facts: ModelFacts, part: Mapping[str, Any]) -> Attention:
@@ -87,14 +105,22 @@ def _gqa(facts: ModelFacts, part: Mapping[str, Any]) -> Attention:
     gate = 2 if part.get("attn_output_gate") or facts.family.name in ("qwen3_next", "qwen3_5_moe") else 1
     sliced = facts.hidden * facts.heads * (gate * head + value)
     kv = float(facts.hidden * kv_heads * (head + value))
-    cache = kv_heads * (head + value) * _CACHE_BYTES
+    cache = kv_heads * (head + value) * value_bytes(facts.config)
     windowed = _windowed_share(facts, part)
     window = part.get("sliding_window") or part.get("sliding_window_size") or 0
     swa_heads = part.get("swa_num_key_value_heads") or kv_heads  # MiMo-V2: more KV heads where the window is short
     kv += windowed * (swa_heads / kv_heads - 1) * kv
-    is_estimate = facts.family.name in ("step3p5", "llama4") or bool(part.get("use_head_wise_attn_gate"))
+    unknown = part.get("use_head_wise_attn_gate") or part.get("sparse_attention_config")  # Step-3.5, MiniMax-M3
+    is_estimate = facts.family.name in ("step3p5", "llama4") or bool(unknown)
     return Attention(
-        sliced, kv, 0, kv_heads, cache * (1 - windowed), cache * windowed * swa_heads / kv_heads, window, is_estimate
+        sliced=sliced,
+        kv=kv,
+        replicated=0,
+        kv_heads=kv_heads,
+        cache_bytes=cache * (1 - windowed),
+        windowed_cache_bytes=cache * windowed * swa_heads / kv_heads,
+        window=window,
+        is_estimate=is_estimate,
     )
 
 
@@ -151,16 +177,29 @@ def _deepseek_v4(facts: ModelFacts, part: Mapping[str, Any]) -> Attention:
     sliced = query * heads * head + heads * head * output + groups * output * hidden
     replicated = hidden * (query + head)
     ratios = part.get("compress_ratios") or ()
-    cache = 0.0
+    entry = compressed_bytes(head, part.get("qk_rope_head_dim", _ROPE))
+    cache, selected_cache = 0.0, 0.0
     for ratio in ratios[: facts.layers]:
         wide = 2 if ratio == 4 else 1
         if ratio:
             replicated += 2 * hidden * wide * head / facts.layers
-            cache += head * _CACHE_BYTES / ratio / facts.layers
         if ratio == 4:
             width = part.get("index_head_dim", 128)
             indexer = query * part.get("index_n_heads", 64) * width + hidden * part.get("index_n_heads", 64)
             replicated += (indexer + 4 * hidden * width) / facts.layers
-            cache += _INDEXER_KEY_BYTES / ratio / facts.layers
-    window = part.get("sliding_window", 128)
-    return Attention(sliced, 0, replicated, None, cache, head * _CACHE_BYTES, window, is_estimate=True)
+            cache += INDEXER_KEY_BYTES / ratio / facts.layers
+            selected_cache += entry / ratio / facts.layers
+        elif ratio:
+            cache += entry / ratio / facts.layers
+    return Attention(
+        sliced=sliced,
+        kv=0,
+        replicated=replicated,
+        kv_heads=None,
+        cache_bytes=cache,
+        windowed_cache_bytes=entry,
+        window=part.get("sliding_window", 128),
+        selected_cache_bytes=selected_cache,
+        selected=4 * part.get("index_topk", 512),  # of entries that stand for 4 tokens each
+        is_estimate=True,
+    )

@@ -9,7 +9,7 @@ from ep2tp.model.facts import ModelFacts
 from ep2tp.model.sharding import ShardPlan
 from ep2tp.planner import communication as comm
 from ep2tp.planner.communication import Collective
-from ep2tp.planner.divisibility import Behaviour, blockers, stock_behaviour
+from ep2tp.planner.divisibility import ENGINES, Behaviour, blockers, stock_behaviour
 from ep2tp.planner.gpus import Gpu
 from ep2tp.planner.inventory import Inventory
 from ep2tp.planner.layouts import Layout, layouts_for
@@ -87,8 +87,23 @@ class Assessment:
 
     @property
     def runs(self) -> bool:
-        """Whether it runs with ep2tp: it fits, and what does not divide can be padded."""
-        return self.fits and not self.blockers and self.plan is not None
+        """Whether it runs with ep2tp: it fits, what does not divide can be padded, and an engine takes it."""
+        return self.fits and not self.blockers and self.plan is not None and self.is_served
+
+    @property
+    def is_served(self) -> bool:
+        """Whether vLLM or SGLang runs it with this checkpoint; vLLM knows no TPxEP."""
+        engines = [engine for engine in ENGINES if (engine, self.layout.plan) != ("vLLM", "TPxEP")]
+        return any(self.obstacle(engine) is None for engine in engines)
+
+    def obstacle(self, engine: str) -> Behaviour | None:
+        """What keeps an engine from running it; None where nothing does.
+
+        ep2tp pads only launches that slice every expert, so what a plan with whole experts meets is the stock engine.
+        """
+        if not self.layout.holds_whole_experts:
+            return None
+        return next((found for found in self.stock if found.engine == engine and found.outcome != "runs"), None)
 
     def holds(self, batch: int) -> bool:
         """Whether the KV cache holds ``batch`` sequences of the context at once."""

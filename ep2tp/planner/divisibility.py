@@ -11,9 +11,11 @@ from typing import Literal
 
 from ep2tp.layout.split import refine
 from ep2tp.model.facts import ModelFacts, TensorClass
+from ep2tp.model.families import ClassName
 from ep2tp.planner.layouts import Layout
 from ep2tp.rewrite.parallel_plan import Limits
 
+ENGINES = ("vLLM", "SGLang")
 Outcome = Literal["runs", "refuses", "wrong in silence"]
 _FINEST_REFINED = 32
 _FP8 = "model_executor/layers/quantization/fp8.py"
@@ -64,10 +66,23 @@ def stock_behaviour(facts: ModelFacts, layout: Layout) -> list[Behaviour]:
         text = "AssertionError (num_experts % ep_size)"
         found.append(Behaviour("SGLang", "0.5.23", what, "refuses", text, "layers/moe/fused_moe_triton/layer.py"))
     for c in facts.classes:
-        ranks = layout.slices if c.name == "routed" else layout.attention_ranks
-        if ranks > 1 and c.is_known and c.size % (ranks * c.block):
-            found += _behaviour(facts, c, ranks)
+        for engine in ENGINES:
+            ranks = _ranks(engine, c.name, layout)
+            if c.is_known and c.size % (ranks * c.block) and (ranks > 1 or "fp8_block" in c.format_names):
+                found += [b for b in _behaviour(facts, c, ranks) if b.engine == engine]
     return found
+
+
+def _ranks(engine: str, name: ClassName, layout: Layout) -> int:
+    """Ranks over which an engine slices a class of weights.
+
+    Under data-parallel attention vLLM holds shared experts and dense MLPs whole on each rank; SGLang slices them over
+    the ranks of all experts, unless it has an all-to-all backend or ``--moe-dense-tp-size 1`` (0.5.17 and 0.5.23,
+    models/deepseek_v2.py: ``is_dense_ffn_fully_dp``, ``_shared_expert_use_tp1``).
+    """
+    if name == "routed":
+        return layout.slices
+    return layout.stage_ranks if engine == "SGLang" else layout.attention_ranks
 
 
 def slices_below_block(facts: ModelFacts, layout: Layout) -> list[TensorClass]:
@@ -114,6 +129,12 @@ def _only_routed_is_packed(c: TensorClass) -> bool:
 
 def _fp8_block(facts: ModelFacts, c: TensorClass, ranks: int, what: str) -> Iterator[Behaviour]:
     slice_, block = c.size // ranks, c.block
+    if c.name != "routed" and ranks == 1:  # measured in vLLM 0.25.1: GLM-4.5-Air's dense layer, docs/results
+        text = "assert x.shape[-1] % group_size == 0"
+        yield Behaviour("vLLM", "0.25.1, 0.32.0, 0.33.0", what, "refuses", text, _UTILS)
+        text = f"Weight output_partition_size = {slice_} is not divisible by weight quantization block_n = {block}."
+        yield Behaviour("SGLang", "0.5.23", what, "refuses", text, "layers/quantization/fp8_utils.py")
+        return
     if c.name != "routed":
         text = f"Weight input_size_per_partition = {slice_} is not divisible by weight quantization block_k = {block}."
         yield Behaviour("vLLM", "0.25.1, 0.32.0, 0.33.0", what, "refuses", text, _UTILS)

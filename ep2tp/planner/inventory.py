@@ -13,6 +13,9 @@ from ep2tp.planner.attention import Attention, attention_of
 from ep2tp.planner.layers import Layers, layers_of, text_part
 
 _BYTES = {"F32": 4, "I32": 4, "I64": 8, "BF16": 2, "F16": 2}
+_ENCODER = re.compile(  # of images, videos and sound, and what fits their output to the text model
+    r"(^|\.)(visual|vision|vit|image|audio|speech|mm_projector|multi_modal_projector|patch_merge)\w*(\.|$)"
+)
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed|embeddings|word_embeddings|wte)\.weight$")
 _HEAD = re.compile(r"(^|\.)(lm_head|head)\.weight$")
 _MTP = re.compile(r"(^|\.)(mtp|mtp_block|nextn)\.")
@@ -34,7 +37,8 @@ class Inventory:
         sliced, kv, replicated: attention of one layer, by how it is sliced (see :class:`Attention`).
         embedding, head: input embedding and output head; no head where they are tied.
         router: router of one MoE layer; every rank holds it.
-        other: all else (norms, vision towers); every rank holds it.
+        other: all else of the text model (norms); every rank holds it.
+        encoder: encoders of images and sound, with their projectors; a decode step does not read them.
         mtp: the multi-token-prediction layers, loaded only for speculative decoding.
         layers: which layers hold what.
         attention: the attention's shape.
@@ -51,6 +55,7 @@ class Inventory:
     head: float
     router: float
     other: float
+    encoder: float
     mtp: float
     layers: Layers
     attention: Attention
@@ -60,7 +65,8 @@ class Inventory:
         """Bytes of the whole model, without MTP."""
         moe = len(self.layers.moe) * (facts.experts * self.expert + self.shared + self.router)
         attention = facts.layers * (self.sliced + self.kv + self.replicated)
-        return moe + len(self.layers.dense) * self.dense + attention + self.embedding + self.head + self.other
+        ends = self.embedding + self.head + self.other + self.encoder
+        return moe + len(self.layers.dense) * self.dense + attention + ends
 
 
 def matrix_bytes(stored: Format, rows: int, cols: int) -> int:
@@ -71,7 +77,7 @@ def matrix_bytes(stored: Format, rows: int, cols: int) -> int:
 
 
 def inventory_from_config(facts: ModelFacts) -> Inventory:
-    """Compute the sizes from config.json alone: weights and scales of every matrix; norms are left out."""
+    """Compute the sizes from config.json alone: matrices of the text model, with scales; norms are left out."""
     layers, attention = layers_of(facts), attention_of(facts)
     middle = layers.moe[len(layers.moe) // 2]
     stored = facts.quantization.choose(_attention_module(facts, middle)) or PLAIN
@@ -90,6 +96,7 @@ def inventory_from_config(facts: ModelFacts) -> Inventory:
         head=0 if text_part(facts).get("tie_word_embeddings") else vocabulary,
         router=(facts.experts * gates + zero_experts) * facts.hidden * 2,
         other=0,
+        encoder=0,
         mtp=_mtp_bytes(facts, middle, (attention.sliced + attention.kv + attention.replicated) * width),
         layers=layers,
         attention=attention,
@@ -120,6 +127,7 @@ def inventory_from_tensors(facts: ModelFacts, tensors: Iterable[StoredTensor]) -
         head=sums.get("head", 0),
         router=each("router", moe),
         other=sums.get("other", 0),
+        encoder=sums.get("encoder", 0),
         mtp=sums.get("mtp", 0),
         layers=layers,
         attention=attention,
@@ -128,6 +136,8 @@ def inventory_from_tensors(facts: ModelFacts, tensors: Iterable[StoredTensor]) -
 
 
 def _part_of(facts: ModelFacts, name: str) -> str:
+    if _ENCODER.search(name):  # before all else: an encoder has layers and attention of its own
+        return "encoder"
     layer = _LAYER.search(name)
     if _MTP.search(name) or (layer and int(layer[1]) >= facts.layers):
         return "mtp"

@@ -6,9 +6,13 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from ep2tp.errors import ModelError
 from ep2tp.model.families import config_parts
 from ep2tp.planner.compare import Assessment, Question
+from ep2tp.planner.divisibility import Behaviour
+from ep2tp.planner.layouts import Layout
 from ep2tp.planner.links import Link
+from ep2tp.planner.memory import growth, shard_plan
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ def _vllm(question: Question, assessed: Assessment) -> Launch:
     variables, flags, note = nccl_settings(question.link)
     if layout.plan == "TPxEP":
         return Launch({}, (), "vLLM cannot slice experts and spread them too; SGLang can")
-    if refusal := _refusal(assessed, "vLLM"):
-        return Launch({}, (), refusal)
+    if why := refusal(question, assessed, "vLLM"):
+        return Launch({}, (), why)
     sizes = {
         "TP": ["--tensor-parallel-size", str(layout.tp)],
         "TEP": ["--tensor-parallel-size", str(layout.tp), "--enable-expert-parallel"],
@@ -85,8 +89,8 @@ def _vllm(question: Question, assessed: Assessment) -> Launch:
 def _sglang(question: Question, assessed: Assessment) -> Launch:
     layout, model = assessed.layout, _servable(question.facts.source)
     variables, flags, note = nccl_settings(question.link)
-    if refusal := _refusal(assessed, "SGLang"):
-        return Launch({}, (), refusal)
+    if why := refusal(question, assessed, "SGLang"):
+        return Launch({}, (), why)
     ranks = str(layout.stage_ranks)
     sizes = {
         "TP": ["--tp-size", ranks],
@@ -100,21 +104,28 @@ def _sglang(question: Question, assessed: Assessment) -> Launch:
     return Launch(_mode(assessed) | variables, command, _note(assessed, note))
 
 
-def _refusal(assessed: Assessment, engine: str) -> str:
-    """Why an engine cannot run a plan with whole experts; empty where it can.
-
-    ep2tp pads only launches that slice every expert, so what such a plan meets is the stock engine.
-    """
-    if not assessed.layout.holds_whole_experts:
+def refusal(question: Question, assessed: Assessment, engine: str) -> str:
+    """Why an engine does not run a plan with whole experts, and what can be done; empty where it runs it."""
+    found = assessed.obstacle(engine)
+    if found is None:
         return ""
-    for found in assessed.stock:
-        if found.engine == engine and found.outcome != "runs":
-            outcome = "refuses" if found.outcome == "refuses" else "goes wrong in silence with"
-            name = engine if found.versions == "all" else f"{engine} {found.versions}"
-            helps = not found.what.startswith("experts") and _is_padded(assessed)
-            remedy = f"; ep2tp reshard --tp {assessed.layout.attention_ranks} writes a checkpoint that divides"
-            return f"{name} {outcome} {found.what}: {found.text}{remedy if helps else ''}"
-    return ""
+    outcome = "refuses" if found.outcome == "refuses" else "goes wrong in silence with"
+    name = engine if found.versions == "all" else f"{engine} {found.versions}"
+    return f"{name} {outcome} {found.what}: {found.text}{_remedy(question, assessed, found)}"
+
+
+def _remedy(question: Question, assessed: Assessment, found: Behaviour) -> str:
+    """A padded checkpoint, with what its routed experts then weigh: reshard pads every class of weights."""
+    ranks = assessed.layout.stage_ranks
+    if found.what.startswith("experts"):
+        return ""
+    try:
+        plan = shard_plan(question.facts, Layout("TP", tp=ranks))
+    except ModelError:
+        return ""
+    more = growth(plan, "routed") - 1
+    cost = f", with {more:.0%} more of routed experts" if more else ""
+    return f"; ep2tp reshard --tp {ranks} writes a checkpoint that divides{cost}: plan for that one to compare"
 
 
 def _revision(question: Question) -> list[str]:

@@ -25,8 +25,9 @@ class Weights:
     """Bytes of weights on the GPU that holds most.
 
     Attributes:
-        routed, shared, dense, attention, embeddings, other: by part, with padding; ``other`` is routers, norms and
-            vision towers.
+        routed, shared, dense, attention, embeddings, other: by part, with padding; ``other`` is routers and norms.
+        encoder: encoders of images and sound. Both engines build them on every pipeline stage, though only the first
+            runs them (vLLM 0.32.0, SGLang 0.5.23: models/qwen3_vl.py); counted whole, though TP slices some.
         padding: bytes of these that are ep2tp's padding.
     """
 
@@ -36,12 +37,14 @@ class Weights:
     attention: float
     embeddings: float
     other: float
+    encoder: float
     padding: float
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.routed + self.shared + self.dense + self.attention + self.embeddings + self.other
+        mlp = self.routed + self.shared + self.dense
+        return mlp + self.attention + self.embeddings + self.other + self.encoder
 
     @property
     def padding_share(self) -> float:
@@ -105,17 +108,28 @@ def stage_weights(facts: ModelFacts, inventory: Inventory, layout: Layout, plan:
     }
     padded = {name: size * growth(plan, name) for name, size in bare.items()}  # type: ignore[arg-type]
     attention = inventory.sliced / ranks + inventory.kv / inventory.attention.ranks_of_kv(ranks) + inventory.replicated
-    vocabulary = facts.vocabulary or 1
-    share = round_up(vocabulary, _VOCABULARY_PADDING) / vocabulary / ranks
-    tied = 0 if inventory.head or stage.has_embedding else inventory.embedding  # tied weights are on both end stages
-    ends = stage.has_embedding * inventory.embedding + stage.has_head * (inventory.head or tied)
+    head = head_bytes(facts, inventory, layout)
+    embedding = inventory.embedding * _vocabulary_share(facts, layout)
+    holds_one_for_both = stage.has_embedding and stage.has_head and not inventory.head
     return Weights(
         **padded,
         attention=stage.layers * attention,
-        embeddings=ends * share,
-        other=stage.moe * inventory.router + inventory.other,
+        embeddings=stage.has_embedding * embedding + (stage.has_head and not holds_one_for_both) * head,
+        other=stage.moe * inventory.router + inventory.other * stage.layers / facts.layers,
+        encoder=inventory.encoder,
         padding=sum(padded.values()) - sum(bare.values()),
     )
+
+
+def head_bytes(facts: ModelFacts, inventory: Inventory, layout: Layout) -> float:
+    """Bytes of a rank's slice of the output head; where it is tied, that is the embedding."""
+    return (inventory.head or inventory.embedding) * _vocabulary_share(facts, layout)
+
+
+def _vocabulary_share(facts: ModelFacts, layout: Layout) -> float:
+    """What one rank holds of a matrix with a row for every entry of the vocabulary."""
+    vocabulary = facts.vocabulary or 1
+    return round_up(vocabulary, _VOCABULARY_PADDING) / vocabulary / layout.attention_ranks
 
 
 def cache_per_sequence(facts: ModelFacts, inventory: Inventory, layout: Layout, context: int) -> float:

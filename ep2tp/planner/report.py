@@ -94,7 +94,7 @@ def _memory_table(question: Question, assessed: Sequence[Assessment]) -> Table:
         table.add_column(column, justify="left" if column == "plan" else "right", no_wrap=True)
     for a in assessed:
         w = a.weights
-        parts = (w.total, w.routed, w.shared, w.dense, w.attention, w.embeddings, w.other, w.padding)
+        parts = (w.total, w.routed, w.shared, w.dense, w.attention, w.embeddings, w.other + w.encoder, w.padding)
         cells = [_gb(part) for part in parts]
         table.add_row(str(a.layout), *cells, f"{a.cache / GB:.2f}", str(max(0, a.sequences)))
     table.add_row("whole copy", _gb(question.inventory.total(question.facts)), *[""] * 9, style="dim")
@@ -153,6 +153,8 @@ def _print_item(console: Console, text: Text) -> None:
 def _runs(a: Assessment) -> str:
     if a.blockers:
         return "no: does not divide"
+    if not a.is_served:
+        return "no: in no engine"
     if not a.fits:
         return "no: too large"
     if a.plan is None:

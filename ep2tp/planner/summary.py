@@ -70,7 +70,7 @@ def _model(question: Question) -> dict[str, Any]:
 
 def _plan(question: Question, a: Assessment) -> dict[str, Any]:
     w = a.weights
-    parts = ("routed", "shared", "dense", "attention", "embeddings", "other", "padding")
+    parts = ("routed", "shared", "dense", "attention", "embeddings", "other", "encoder", "padding")
     return {
         "plan": a.layout.plan,
         "tp": a.layout.tp,

@@ -17,7 +17,7 @@ from ep2tp.planner.gpus import Gpu
 from ep2tp.planner.inventory import Inventory
 from ep2tp.planner.layouts import Layout
 from ep2tp.planner.links import Link
-from ep2tp.planner.memory import Stage, growth, stage_weights, stages_of
+from ep2tp.planner.memory import Stage, growth, head_bytes, stage_weights, stages_of
 from ep2tp.planner.straggler import expert_load, token_load
 
 
@@ -75,8 +75,12 @@ def prefill_step(setting: Setting, tokens: int) -> Step:
     return Step(*(sum(getattr(step, part) for step in steps) for part in Step.__dataclass_fields__))
 
 
-def step_collectives(setting: Setting, stage: Stage, tokens: int) -> list[tuple[int, Collective]]:
-    """(times, collective) of one pass of ``tokens`` tokens through a stage."""
+def step_collectives(setting: Setting, stage: Stage, tokens: int, sequences: int) -> list[tuple[int, Collective]]:
+    """(times, collective) of one pass of ``sequences`` sequences with ``tokens`` new tokens in all through a stage.
+
+    Logits are those of one token a sequence, in prefill, too (vLLM 0.32.0, v1/worker/gpu_model_runner.py:
+    ``hidden_states[logits_indices]``; SGLang 0.5.23, layers/logits_processor.py: ``pruned_states``).
+    """
     facts, layout = setting.facts, setting.layout
     payload, ranks = tokens * facts.hidden * ACTIVATION_BYTES, layout.attention_ranks
     found = [(stage.moe, c) for c in comm.moe_layer(tokens, facts.hidden, layout.stage_ranks, layout.dp)]
@@ -88,7 +92,7 @@ def step_collectives(setting: Setting, stage: Stage, tokens: int) -> list[tuple[
         if stage.has_embedding:
             found.append((1, comm.all_reduce(payload, ranks, "embedding of a sliced vocabulary, BF16")))
         if stage.has_head:
-            logits = tokens * (facts.vocabulary or 0) * ACTIVATION_BYTES
+            logits = sequences * (facts.vocabulary or 0) * ACTIVATION_BYTES
             found.append((1, comm.all_gather(logits, ranks, "logits, BF16")))
     if layout.pp > 1 and not stage.has_head:
         found.append((1, Collective("send", 2, payload / ranks, "hidden states for the next stage, BF16")))
@@ -112,17 +116,18 @@ def _scaled(step: Step, times: int) -> Step:
 def _stage_step(setting: Setting, stage: Stage, tokens: int, sequences: int, context: int) -> Step:
     """``sequences`` sequences with ``tokens`` new tokens in all."""
     mean, busiest = _experts_ms(setting, stage, tokens)
-    here = ceil(sequences / setting.layout.dp) * tokens // sequences  # tokens of the fullest data-parallel rank
-    rest = _dense_ms(setting, stage, here)
+    rows = ceil(sequences / setting.layout.dp)  # sequences of the fullest data-parallel rank
+    here = rows * tokens // sequences
+    rest = _dense_ms(setting, stage, here) + _head_ms(setting, stage, rows)
     slices = setting.inventory.attention.ranks_of_kv(setting.layout.attention_ranks)
-    cache = here * stage.layers * setting.inventory.attention.cache_of(context) / slices
+    cache = here * stage.layers * setting.inventory.attention.read_of(context) / slices
     return Step(
         weights=mean + rest,
         straggler=busiest - mean,
         cache=cache / setting.gpu.bandwidth * 1e3,
         communication=sum(
             times * setting.link.us(c.kind, c.sent, c.ranks) / 1e3
-            for times, c in step_collectives(setting, stage, tokens)
+            for times, c in step_collectives(setting, stage, tokens, sequences)
         ),
     )
 
@@ -143,12 +148,20 @@ def _experts_ms(setting: Setting, stage: Stage, tokens: int) -> tuple[float, flo
 
 
 def _dense_ms(setting: Setting, stage: Stage, tokens: int) -> float:
-    """Milliseconds of all that every token passes: attention's projections, shared experts, dense MLPs, the head."""
+    """Milliseconds of all but experts that every token passes: attention's projections, shared experts, dense MLPs."""
     weights = stage_weights(setting.facts, setting.inventory, setting.layout, setting.plan, stage)
-    head = weights.embeddings if stage.has_head and not stage.has_embedding else weights.embeddings / 2
-    size = weights.attention + weights.shared + weights.dense + weights.other + head * stage.has_head
+    size = weights.attention + weights.shared + weights.dense + weights.other
     width = setting.inventory.sliced / setting.inventory.attention.sliced  # bytes of a value
     return max(size / setting.gpu.bandwidth, 2 * tokens * size / width / _arithmetic(setting)) * 1e3
+
+
+def _head_ms(setting: Setting, stage: Stage, rows: int) -> float:
+    """Milliseconds of the output head on ``rows`` tokens, the one of each sequence that gets logits."""
+    if not stage.has_head:
+        return 0.0
+    size = head_bytes(setting.facts, setting.inventory, setting.layout)
+    arithmetic = 2 * rows * size / ACTIVATION_BYTES / (setting.gpu.tflops * 1e12)  # heads are stored in BF16
+    return max(size / setting.gpu.bandwidth, arithmetic) * 1e3
 
 
 def _arithmetic(setting: Setting) -> float:

@@ -61,15 +61,43 @@ def test_ep_is_unavoidable_where_heads_do_not_divide() -> None:
 
 
 def test_ep_is_unavoidable_where_padding_does_not_fit() -> None:
-    """Padding doubles Qwen3-Next's experts over 8 ranks: slices of 64 in blocks of 128."""
-    question, plans = assessed("Qwen3-Next-80B", "fp8_block128", 8, "L4", "pcie5", context=1024)
-    question = replace(question, gpu=replace(question.gpu, memory_gb=19))
+    """Padding makes Qwen3-235B's experts a third larger over 8 ranks; it has no shared expert and no dense layer."""
+    question, plans = assessed("Qwen3-235B-A22B", "fp8_block128", 8, "L4", "pcie5", context=1024)
+    question = replace(question, gpu=replace(question.gpu, memory_gb=38))
     plans = {str(a.layout): a for a in assess_all(question)}
     assert (plans["TP 8"].fits, plans["TEP 8"].fits) == (False, True)
     found = advise(question, [plans["TP 8"], plans["TEP 8"]])
     assert found.best is plans["TEP 8"]
     assert found.ep_is_unavoidable
     assert any("TP 8 does not fit" in reason for reason in found.reasons)
+
+
+def test_a_plan_that_neither_engine_runs_is_not_named() -> None:
+    """GLM-4.5's shared expert of 1536 over 8 ranks is 192: TEP runs in neither engine, padding grows all experts."""
+    question, plans = assessed("GLM-4.5/4.6/4.7", "fp8_block128", 8, "H200", "nvlink", batches=(1, 64))
+    assert not plans["TEP 8"].runs
+    assert plans["TEP 8"].fits and not plans["TEP 8"].blockers
+    found = advise(question, list(plans.values()))
+    assert all(best is not plans["TEP 8"] for best in (found.best, *found.by_batch.values()))
+    [why] = [reason for reason in found.reasons if reason.startswith("TEP 8 ")]
+    assert "runs in neither engine" in why
+    assert "ep2tp reshard --tp 8 writes a checkpoint that divides, with 33% more of routed experts" in why
+    assert plans["DEP 8"].runs
+    assert plans["DEP 8"].obstacle("vLLM") is None
+    assert plans["DEP 8"].obstacle("SGLang") is not None
+
+
+def test_what_cannot_run_is_not_the_least_of_what_does_not_fit() -> None:
+    """TP 8 needs less than TP 4 on 4 stages, but 20 heads do not divide over 8."""
+    question, plans = assessed("GLM-4.7-Flash", "bf16", 8, "RTX 5090", "pcie5")
+    small = replace(question, gpu=replace(question.gpu, memory_gb=6))
+    some = [a for a in assess_all(small) if str(a.layout) in ("TP 8", "TEP 8", "DEP 8")]
+    found = advise(small, some)
+    assert found.best is None
+    assert found.reasons[0].startswith("No plan fits: DEP 8 needs least")
+    found = advise(question, [plans["TP 8"], plans["TEP 8"]])
+    assert found.reasons[0] == "No plan runs on this number of GPUs, whatever their memory."
+    assert "20 attention heads" in found.reasons[1]
 
 
 def test_nothing_fits() -> None:

@@ -95,7 +95,7 @@ def test_collectives_of_a_decode_step(traced: tuple[Path, dict[str, Any]]) -> No
     setting = Setting(facts, inventory, shard_plan(facts, layout), layout, DEFAULT, built_in()["host"])
     [stage] = stages_of(facts, inventory, 1)
     computed: Counter[tuple[str, int]] = Counter()
-    for times, collective in step_collectives(setting, stage, BATCH):
+    for times, collective in step_collectives(setting, stage, BATCH, BATCH):
         computed[collective.kind, round(collective.sent)] += times
     for rank in (0, 1):
         few, many = (Counter(sent(operation) for operation in trace[rank]) for trace in found["traces"])

@@ -114,5 +114,19 @@ def test_a_command_for_more_gpus_than_a_usual_node_has_says_that_it_is_for_one(g
 def test_without_a_command_nothing_is_said_of_nodes() -> None:
     question, plans = assessed("GLM-4.5/4.6/4.7", "fp8_block128", 16)
     found = advise(question, [plans["TEP 16"]])
-    assert [launch.command for launch in found.commands.values()] == [(), ()]
+    assert (found.best, found.commands) == (None, {})
     assert "--nnodes" not in " ".join(found.reasons)
+
+
+def test_sglang_slices_dense_and_shared_weights_under_data_parallel_attention() -> None:
+    """DeepSeek-V2-Lite: 10944 is not whole in blocks of 128, over 2 ranks 5472; no command for what is refused."""
+    question, plans = assessed("DeepSeek-V2-Lite", "fp8_block128", 2, "H100", "host", batches=(1,))
+    found = launches(question, plans["DEP 2"])
+    assert "SGLang 0.5.23 refuses dense (10944 over 2)" in found["sglang"].note
+    assert "vLLM 0.25.1, 0.32.0, 0.33.0 refuses dense (10944 over 1)" in found["vllm"].note
+    assert not any(launch.command for launch in found.values())
+    assert not plans["DEP 2"].runs
+    question, plans = assessed("GLM-4.5/4.6/4.7", "fp8_block128", 8, "H200")
+    found = launches(question, plans["DEP 8"])
+    assert found["vllm"].command
+    assert "refuses shared (1536 over 8)" in found["sglang"].note

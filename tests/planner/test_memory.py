@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ep2tp.planner.attention import attention_of
+from ep2tp.planner.cache_format import latent_bytes, value_bytes
+from ep2tp.planner.inventory import _part_of
 from ep2tp.planner.layouts import Layout, layouts_for, stage_layers
 from ep2tp.planner.memory import GB, cache_per_sequence, growth, shard_plan, stage_weights, stages_of, weights_of
-from tests.planner.models import MODELS, assessed, model
+from tests.planner.models import MODELS, assessed, compressed, config, model
 
 ROWS = [(name, form) for name, entry in MODELS.items() for form in entry["weights_gb"]]
 GUESSED_ATTENTION = {"DeepSeek-V4-Flash", "DeepSeek-V4-Pro", "Kimi-Linear-48B-A3B"}  # small parts are left out
@@ -93,6 +98,55 @@ def test_latent_cache_is_held_by_every_rank_and_kv_heads_by_no_more_than_there_a
     facts, inventory = model("Qwen3-235B-A22B")  # 4 KV heads
     caches = [cache_per_sequence(facts, inventory, Layout("TP", tp=n), 1000) for n in (1, 2, 4, 8)]
     assert caches == [94 * 2 * 4 * 128 * 2 * 1000 / n for n in (1, 2, 4, 4)]
+
+
+MODELOPT_FP8 = {"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
+
+
+@pytest.mark.parametrize(
+    ("quantization", "width"),
+    [
+        (None, 2),
+        (MODELOPT_FP8, 1),
+        ({"quant_method": "modelopt", "kv_cache_quant_algo": "FP8"}, 1),
+        ({"quant_method": "modelopt", "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"}}, 1),
+        ({"quant_method": "modelopt", "quantization": {"kv_cache_quant_algo": None}}, 2),
+        (compressed() | {"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor"}}, 1),
+        (compressed() | {"kv_cache_scheme": {"num_bits": 8, "type": "int"}}, 2),
+        (compressed() | {"kv_cache_scheme": None}, 2),
+    ],
+)
+def test_a_checkpoint_may_ask_for_a_cache_in_fp8(quantization: dict[str, Any] | None, width: int) -> None:
+    gqa, mla, sparse = (config(name) for name in ("Qwen3-235B-A22B", "DeepSeek-V3/R1/V3.1", "DeepSeek-V3.2(-Exp)"))
+    for found in (gqa, mla, sparse):
+        found["quantization_config"] = quantization
+    assert value_bytes(gqa) == width
+    assert value_bytes({"text_config": gqa}) == width
+    assert latent_bytes(mla, 512, 64, is_sparse=False) == 576 * width
+    assert latent_bytes(sparse, 512, 64, is_sparse=True) == (656 if width == 1 else 1152)
+    facts, _ = model("Qwen3-235B-A22B")
+    assert attention_of(replace(facts, config=gqa)).cache_of(1000) == 2 * 4 * 128 * width * 1000
+
+
+def test_what_belongs_to_an_encoder() -> None:
+    """Its layers are neither MTP layers nor the text model's attention, whatever their number."""
+    facts, _ = model("Qwen3-30B-A3B")
+    names = {
+        "model.visual.blocks.0.attn.qkv.weight": "encoder",
+        "vision_tower.encoder.layers.60.self_attn.q_proj.weight": "encoder",
+        "vision_model.model.layers.3.mlp.fc1.weight": "encoder",
+        "mm_projector.proj.0.weight": "encoder",
+        "multi_modal_projector.linear_1.weight": "encoder",
+        "model.vit_large_projector.weight": "encoder",
+        "audio_encoder.layers.0.fc1.weight": "encoder",
+        "speech_embeddings.0.weight": "encoder",
+        "model.layers.3.self_attn.q_proj.weight": "sliced",
+        "model.layers.3.input_layernorm.weight": "other",
+        "model.norm.weight": "other",
+        "model.layers.3.mlp.gate.weight": "router",
+        "model.layers.48.eh_proj.weight": "mtp",
+    }
+    assert {name: _part_of(facts, name) for name in names} == names
 
 
 def test_a_sliding_window_bounds_the_cache() -> None:
