@@ -61,7 +61,7 @@ def prepare(source: Source, tp: int, layout: Layout) -> Conversion:
     config = parse_json(Path(source.label) / "config.json", text)
     quantization = source.read_text("hf_quant_config.json")
     described = config
-    if "quantization_config" not in config and quantization is not None:
+    if config.get("quantization_config") is None and quantization is not None:
         described = config | {"quantization_config": _modelopt(Path(source.label), quantization)}
     facts = _facts(described, source.label)
     for c in facts.classes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,25 @@ class _Batches(click.ParamType[tuple[int, ...]]):
         return tuple(found)
 
 
+def _finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
+    """Refuse ``nan`` and ``inf``, which compare as if they were in a range."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number of GB", ctx, param)
+    return value
+
+
 @click.command("plan", short_help="Compare parallel plans of a model; say which to run.")
 @click.argument("model", required=False)
 @click.option("--gpus", type=click.IntRange(1, 1024), help="GPUs of the launch.")
 @click.option("--gpu", metavar="NAME", help="Which GPU, such as 'RTX PRO 6000' (default: this machine's).")
-@click.option("--memory", "memory_gb", type=click.FloatRange(1, min_open=True), metavar="GB", help="Memory of a GPU.")
+@click.option(
+    "--memory",
+    "memory_gb",
+    type=click.FloatRange(1, min_open=True),
+    callback=_finite,
+    metavar="GB",
+    help="Memory of a GPU.",
+)
 @click.option("--link", metavar="LINK", help="nvlink, pcie5, pcie4, host, socket, or a JSON file of --calibrate.")
 @click.option("--batch", "batches", type=_Batches(), default="1,8,64", show_default=True, help="Sequences at once.")
 @click.option("--context", type=click.IntRange(1), default=8192, show_default=True, help="Tokens of each sequence.")

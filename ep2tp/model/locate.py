@@ -50,7 +50,7 @@ def with_modelopt(config: dict[str, Any], path: Path, text: bytes | None) -> dic
     Raises:
         ModelError: they are no JSON object.
     """
-    if "quantization_config" in config or text is None:
+    if config.get("quantization_config") is not None or text is None:
         return config
     try:
         found = json.loads(text.decode("utf-8"))

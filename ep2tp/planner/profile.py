@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,22 @@ def profile_path() -> Path:
 
 
 def write_profile(path: Path, profile: Mapping[str, Any]) -> None:
-    """Store a profile; a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Store a profile; a reader sees the old file or the whole new one.
+
+    Raises:
+        SettingError: it cannot be written there.
+    """
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps({"format": FORMAT, **profile}, indent=1), encoding="utf-8")
-    scratch.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_text(json.dumps({"format": FORMAT, **profile}, indent=1), encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            scratch.unlink()
+        raise SettingError(
+            f"{path}: {error.strerror}; name a file that can be written with --calibrate --output FILE"
+        ) from None
 
 
 def read_profile(path: Path) -> Profile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 from ep2tp.checkpoint.header import StoredTensor, parse_json
 from ep2tp.checkpoint.hub import HubSource
+from ep2tp.checkpoint.manifest import MANIFEST
 from ep2tp.checkpoint.source import LocalSource, Source
 from ep2tp.errors import CheckpointError, Ep2tpError, ModelError
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import load_families
 from ep2tp.model.locate import MODELOPT, facts_of, with_modelopt
+from ep2tp.planner.fields import check_fields
 from ep2tp.planner.inventory import Inventory, inventory_from_config, inventory_from_tensors
 from ep2tp.settings import Settings
 
@@ -77,6 +80,7 @@ def _exact(config: dict[str, Any], model: str, tensors: Iterator[StoredTensor]) 
 
 
 def _facts(config: dict[str, Any], model: str) -> ModelFacts:
+    check_fields(config, model)
     settings = Settings.from_environment()
     facts = facts_of(config, model, load_families(settings.patches, settings.patch_path))
     if facts.top_k > facts.experts:
@@ -107,10 +111,25 @@ def _tensors(source: Source) -> Iterator[StoredTensor]:
 def _described(source: Source) -> dict[str, Any]:
     """config.json, with ModelOpt's hf_quant_config.json where it says nothing about quantisation itself."""
     label = Path(source.label)
+    _refuse_rank_files(source)
     text = _text(source, "config.json")
     if text is None:
         raise ModelError(f"{source.label}: has no config.json; name a folder or hub model with one")
     return with_modelopt(_config(label / "config.json", text), label / MODELOPT, _text(source, MODELOPT))
+
+
+def _refuse_rank_files(source: Source) -> None:
+    """A folder of ``ep2tp reshard --layout ranks`` loads as one plan alone: there is nothing to compare."""
+    text = _text(source, MANIFEST)
+    stored = parse_json(Path(source.label) / MANIFEST, text) if text is not None else {}
+    if stored.get("layout") == "ranks":
+        name, ranks = shlex.quote(source.label), stored.get("ranks")
+        raise ModelError(
+            f"{source.label}: ep2tp reshard --layout ranks wrote it for tensor parallelism over {ranks} ranks, and it "
+            f"loads in no other way: EP2TP=on vllm serve {name} --tensor-parallel-size {ranks} --load-format ep2tp, or "
+            f"EP2TP=on sglang serve --model-path {name} --tp-size {ranks}. To compare plans, name the checkpoint that "
+            "it was made from"
+        )
 
 
 def _text(source: Source, name: str) -> bytes | None:

@@ -52,12 +52,15 @@ def test_contradictions(tmp_path: Path, change: Callable[[Path], None], message:
     assert not (tmp_path / "out").exists()
 
 
-def test_quantization_in_a_file_of_its_own(tmp_path: Path) -> None:
-    """ModelOpt's older exports: hf_quant_config.json, and nothing of it in config.json."""
+@pytest.mark.parametrize("is_null", [False, True])
+def test_quantization_in_a_file_of_its_own(tmp_path: Path, is_null: bool) -> None:
+    """ModelOpt's older exports: hf_quant_config.json, and nothing of it, or null, in config.json."""
     model = Model("nvfp4_modelopt", size=144)
     source = model.write(tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]
+    if is_null:
+        config["quantization_config"] = None
     (source / "config.json").write_text(json.dumps(config))
     quantization = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
     (source / "hf_quant_config.json").write_text(json.dumps(quantization))

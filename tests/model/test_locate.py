@@ -37,6 +37,12 @@ def test_patches_and_plan_read_modelopts_own_file(folder: Path) -> None:
     assert find_config(str(folder)) == find_config(str(folder / "config.json")) == facts.config
 
 
+def test_null_in_config_json_says_nothing_about_quantisation(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**GLM, "quantization_config": None}))
+    facts, _ = load_model(str(folder))
+    assert {c.format_names for c in facts.classes} == {"nvfp4"}
+
+
 def test_plan_reads_it_beside_a_config_json_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts, inventory = load_model(str(folder))
     assert {c.format_names for c in facts.classes} == {"nvfp4"}

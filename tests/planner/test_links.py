@@ -131,3 +131,11 @@ def test_one_regime_is_enough() -> None:
     rows = [{"op": op, "bytes": 1 << n, "us": 5 + n} for op in ("all_reduce", "all_gather") for n in (12, 13)]
     link = fit_link("x", "x", 2, 1.0, rows)
     assert link.us("all_reduce", 1 << 30, 2) >= link.us("all_reduce", 1 << 12, 2)
+
+
+def test_a_profile_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "links.json", tmp_path):
+        with pytest.raises(SettingError, match=r"name a file that can be written with --calibrate --output FILE"):
+            write_profile(path, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

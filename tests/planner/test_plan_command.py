@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from ep2tp import reshard
 from ep2tp.cli import main
 from tests.checkpoint.checkpoints import Model
 from tests.checkpoint.test_hub import Hub
@@ -272,6 +273,11 @@ def test_a_file_that_cannot_be_read_is_one_clear_error(
         ("layer_types", 7, "contradicts itself"),
         ("vocab_size", "many", "vocab_size='many'"),
         ("moe_layer_freq", [1, 1], "contradicts itself"),
+        ("num_key_value_heads", 0, "num_key_value_heads=0; expected a whole number from 1"),
+        ("num_key_value_heads", True, "num_key_value_heads=True; expected"),
+        ("architectures", 5, "architectures=5; expected a list of names"),
+        ("sliding_window", "4096", "sliding_window='4096'; expected a whole number from 0"),
+        ("head_dim", "x" * 9999, f"head_dim='{'x' * 99}; expected"),
     ],
 )
 def test_a_field_that_makes_no_sense(tmp_path: Path, field: str, value: object, message: str) -> None:
@@ -279,6 +285,24 @@ def test_a_field_that_makes_no_sense(tmp_path: Path, field: str, value: object, 
     status, out, err = run(str(tmp_path), "--gpus", "2")
     assert (status, out) == (1, "")
     assert message in err
+
+
+@pytest.mark.parametrize("memory", ["nan", "inf", "-inf"])
+def test_a_memory_that_is_no_number_of_gb(tmp_path: Path, memory: str) -> None:
+    status, _, err = run(str(tmp_path), "--gpus", "2", "--memory", memory)
+    assert status == 2
+    assert "--memory" in err
+
+
+def test_files_of_ranks_load_in_one_way(tmp_path: Path) -> None:
+    source = Model("fp8_block_f32").write(tmp_path / "source")
+    reshard(source, tmp_path / "ranks", tp=2, layout="ranks")
+    status, out, err = run(str(tmp_path / "ranks"), "--gpus", "4")
+    assert (status, out) == (1, "")
+    command = f"vllm serve {tmp_path / 'ranks'} --tensor-parallel-size 2 --load-format ep2tp"
+    assert command in err.replace("\n", " ")
+    reshard(source, tmp_path / "padded", tp=2)
+    assert run(str(tmp_path / "padded"), "--gpus", "2")[0] == 0
 
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
