@@ -21,6 +21,8 @@ from ep2tp.errors import PatchError
 Role = Literal["gate", "up", "down", "gate_up"]
 ClassName = Literal["routed", "shared", "dense"]
 
+_ROUTED = re.compile(r"(?:^|\.)experts\.(?!(?:gate|router)\.|.*(?:e_score_correction|router_bias|shared_expert))")
+
 
 def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
@@ -158,6 +160,16 @@ class Matrix:
     module: str
     suffix: str
     is_fused: bool
+
+
+def looks_routed(tensor: str) -> bool:
+    """Whether a tensor is a routed expert's by its name alone, whichever patch knows it: not a router, nor its bias.
+
+    Example:
+        >>> looks_routed("model.layers.3.mlp.experts.gate_up_proj"), looks_routed("model.layers.3.mlp.gate.weight")
+        (True, False)
+    """
+    return _ROUTED.search(tensor) is not None
 
 
 def config_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:

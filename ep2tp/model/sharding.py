@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm, prod
 
 from ep2tp.errors import CheckpointError, ModelError
@@ -11,7 +11,7 @@ from ep2tp.layout.shard import Cut
 from ep2tp.layout.split import Split, least_padded
 from ep2tp.model.dtypes import item_bytes
 from ep2tp.model.facts import ModelFacts, TensorClass
-from ep2tp.model.families import ClassName, Matrix, Tensors
+from ep2tp.model.families import ClassName, Matrix, Tensors, looks_routed
 from ep2tp.model.formats import FLOAT_DTYPES, PLAIN, Component, Dim, Fill, Format
 
 _ELEMENT = {
@@ -124,10 +124,14 @@ class ShardPlan:
             dtype: its safetensors dtype, such as ``F8_E4M3``.
 
         Raises:
-            CheckpointError: the tensor does not fit the config: its number of axes, a size, or its dtype.
+            CheckpointError: the tensor does not fit the config: its number of axes, a size, or its dtype; or routed
+                experts are padded, and the patch has no name for this one.
         """
         matrix = self.facts.family.classify(name)
-        if matrix is None or matrix.class_name not in self.splits:
+        if matrix is None:
+            self._refuse_unknown_expert(name)
+            return None
+        if matrix.class_name not in self.splits:
             return None
         stored = self._format(matrix, dtype)
         if stored is None:
@@ -149,6 +153,24 @@ class ShardPlan:
             )
         cut = self._cut(name, shape, matrix, component, stored)
         return TensorPlan(matrix, component, stored, self.splits[matrix.class_name], cut)
+
+    def is_applied_to(self, name: str, shape: tuple[int, ...], dtype: str) -> bool:
+        """Whether a tensor that the plan pads has its padded shape; arguments as of :meth:`tensor`."""
+        grown = {name: Split(split.padded, split.padded, split.ranks) for name, split in self.splits.items()}
+        try:
+            place = replace(self, splits=grown).tensor(name, shape, dtype)
+        except CheckpointError:
+            return False
+        return place is not None and place.cut is not None and not self.splits[place.matrix.class_name].is_exact
+
+    def _refuse_unknown_expert(self, name: str) -> None:
+        """Engines slice such a tensor unpadded into a padded model, by sizes that they round down, without a word."""
+        routed = self.splits.get("routed")
+        if routed is not None and not routed.is_exact and looks_routed(name):
+            raise CheckpointError(
+                f"{name}: patch {self.facts.family.name!r} has no such name, and routed experts have to be padded; "
+                "name the right patch with EP2TP_PATCHES, or add the name to one of your own (docs/patches.md)"
+            )
 
     def _format(self, matrix: Matrix, dtype: str) -> Format | None:
         # A module that the config calls quantised may still be stored unquantised: MTP layers of NVFP4 checkpoints are.

@@ -27,10 +27,15 @@ from sglang.srt.layers.moe.utils import MoeRunnerBackend
 from sglang.srt.layers.quantization import get_quantization_config, modelopt_quant, mxfp4
 from sglang.srt.layers.quantization.awq import awq
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from sglang.srt.model_executor.model_runner_components.weight_updater import FlattenedTensorBucket, WeightUpdater
 from sglang.srt.runtime_context import get_context, get_parallel
 
+from ep2tp.engines.padding import note_of
+from ep2tp.engines.sglang import worker
 from ep2tp.engines.sglang.experts import multiples
+from ep2tp.engines.sglang.note import LaunchNote
 from ep2tp.engines.weights import padded_weights
+from ep2tp.errors import LaunchError
 from ep2tp.model.facts import ModelFacts, read_facts
 from ep2tp.model.families import find_family, load_families
 from ep2tp.model.sharding import ShardPlan, plan_shards
@@ -261,6 +266,47 @@ def check_routed(stored: Stored, size: int, ranks: int) -> None:
 @pytest.mark.parametrize("stored", ROUTED_FORMATS, ids=lambda stored: stored.name)
 def test_routed_experts_hold_the_original(stored: Stored, size: int, ranks: int) -> None:
     check_routed(stored, size, ranks)
+
+
+class Loaded(torch.nn.Module):
+    """A model of one MoE layer, in a runner that has just loaded it."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.experts.load(weights)
+
+
+@pytest.mark.parametrize("stored", [quantised.BF16, quantised.FP8_BLOCK], ids=lambda stored: stored.name)
+def test_updates_in_place_hold_the_original(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By SGLang's own updater, which calls the model with the checkpoint's tensors, some at a time."""
+    plan, ranks = plan_routed(stored, 1408, 6), 6
+    experts = [make_mlp(stored, 1408, expert) for expert in range(EXPERTS)]
+    weights = routed_checkpoint(stored, experts)
+    note = LaunchNote(rewritten=False, model="the model", padding=note_of(plan, ranks), launcher="another process")
+    monkeypatch.setattr(worker, "state", worker.State(note, joined=True))
+    models = [Loaded(Experts(stored, plan.splits["routed"].padded, rank, ranks)) for rank in range(ranks)]
+    for rank, model in enumerate(models):
+        config = SimpleNamespace(model_path="the model")
+        worker.load_model(lambda: None, SimpleNamespace(model=model, is_draft_worker=True, model_config=config), (), {})
+        updater = SimpleNamespace(get_model=lambda model=model: model)
+        with as_rank(rank, ranks):
+            for weight in weights:
+                WeightUpdater._update_weights_from_flattened_bucket(updater, bucket_of(weight))
+            with pytest.raises(LaunchError, match=r"w13_weight: .*the checkpoint's own names"):
+                model.load_weights([(weights[0][0].partition(".0.")[0] + ".w13_weight", weights[0][1])])
+    for expert, mlp in enumerate(experts):
+        for role, tensors in mlp.items():
+            slices = [model.experts.values(expert, role, tensors) for model in models]
+            assert_reassembled(slices, stored.read(tensors), 1 if role == "down" else 0, plan.splits["routed"].per_rank)
+
+
+def bucket_of(weight: tuple[str, torch.Tensor]) -> dict[str, Any]:
+    """What a trainer sends: tensors one after the other, and where each of them is."""
+    bucket = FlattenedTensorBucket(named_tensors=[weight])
+    return {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
 
 
 @pytest.mark.parametrize(("size", "ranks"), [(1408, 2), (1408, 3), (2304, 16)])

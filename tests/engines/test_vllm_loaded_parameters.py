@@ -35,9 +35,11 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
 
+from ep2tp.engines.padding import note_of
+from ep2tp.engines.vllm import plugin
 from ep2tp.engines.vllm.experts import left_to_engine
 from ep2tp.engines.weights import pad, padded_weights, safetensors_dtype
-from ep2tp.errors import CheckpointError
+from ep2tp.errors import CheckpointError, LaunchError
 from ep2tp.model.facts import ModelFacts, read_facts
 from ep2tp.model.families import find_family, load_families
 from ep2tp.model.sharding import ShardPlan, plan_shards
@@ -335,8 +337,14 @@ def assert_reassembled(slices: Sequence[torch.Tensor], original: torch.Tensor, a
 def check_routed(stored: Stored, size: int, ranks: int, plan: ShardPlan) -> None:
     naming = naming_of(stored)
     experts = make_experts(stored, naming, size)
-    weights = list(padded_weights(as_checkpoint(experts, naming), plan))
-    split = plan.splits["routed"]
+    assert_experts_hold(stored, experts, list(padded_weights(as_checkpoint(experts, naming), plan)), plan)
+
+
+def assert_experts_hold(
+    stored: Stored, experts: Mapping[tuple[int, str], Tensors], weights: Weights, plan: ShardPlan
+) -> None:
+    """Load padded weights on every rank, and compare what the ranks hold with the checkpoint."""
+    ranks, split = plan.ranks, plan.splits["routed"]
     layers = [routed_experts(stored, split.padded, ranks, rank) for rank in range(ranks)]
     for layer in layers:
         load_experts(layer, weights)
@@ -408,6 +416,103 @@ def test_padding_of_symmetric_gptq_is_zero_to_marlin() -> None:
         values = quantised.read_gptq_as_marlin(128, {s: padded[module + s] for s in experts[1, role]})
         original = quantised.GPTQ.read(experts[1, role])
         assert_reassembled([values], original, axis, plan.splits["routed"].padded)
+
+
+GLM4_MOE = replace(
+    QWEN3_MOE, config={**QWEN3_MOE.config, "model_type": "glm4_moe", "n_routed_experts": EXPERTS, "n_shared_experts": 0}
+)
+
+
+def with_gate_and_up_as_one(experts: Mapping[tuple[int, str], Tensors], naming: Naming) -> Weights:
+    """Each expert's gate and up as one tensor, which vLLM's layer takes as it does two."""
+    one = {}
+    for (expert, role), tensors in experts.items():
+        for suffix, tensor in tensors.items():
+            if role == "gate":
+                both = torch.cat([tensor.view(torch.uint8), experts[expert, "up"][suffix].view(torch.uint8)])
+                one[f"{naming.experts}.{expert}.gate_up_proj{suffix}"] = both.view(tensor.dtype)
+            elif role == "down":
+                one[f"{naming.experts}.{expert}.{naming.name(role)}{suffix}"] = tensor
+    return list(one.items())
+
+
+@pytest.mark.parametrize("stored", [quantised.BF16, quantised.FP8_BLOCK], ids=lambda stored: stored.name)
+@pytest.mark.parametrize("ranks", [2, 6])
+def test_gate_and_up_of_an_expert_in_one_tensor_hold_the_original(stored: Stored, ranks: int) -> None:
+    experts = make_experts(stored, GLM4_MOE, 1408)
+    plan = plan_shards(facts_of(stored, GLM4_MOE, moe_intermediate_size=1408), ranks)
+    weights = list(padded_weights(with_gate_and_up_as_one(experts, GLM4_MOE), plan))
+    assert_experts_hold(stored, experts, weights, plan)
+
+
+def test_vllm_takes_an_expert_of_any_name_without_a_word() -> None:
+    """Which is why a name that the patch does not know is refused: rank 1 gets none of its own values."""
+    stored, split = quantised.BF16, plan_routed(quantised.BF16, 1408, 6).splits["routed"]
+    experts = make_experts(stored, QWEN3_MOE, 1408)
+    weights = with_gate_and_up_as_one(experts, QWEN3_MOE)
+    layers = [routed_experts(stored, split.padded, 6, rank) for rank in range(6)]
+    for layer in layers:
+        load_experts(layer, weights)
+    held = torch.cat([expert_tensors(layer, 0, "gate", [".weight"])[".weight"] for layer in layers])
+    assert not torch.equal(held[:1408], experts[0, "gate"][".weight"])
+    with pytest.raises(CheckpointError, match=r"experts\.0\.gate_up_proj\.weight: patch 'qwen3_moe' has no such name"):
+        list(padded_weights(weights, plan_routed(stored, 1408, 6)))
+
+
+# Weights that a loaded model is given in place.
+
+
+class Loaded(torch.nn.Module):
+    """A model of one MoE layer, which loads as vLLM's models do."""
+
+    def __init__(self, layer: RoutedExperts) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        prefix = self.layer.layer_name + "."
+        return set(self.layer.load_weights((name.removeprefix(prefix), tensor) for name, tensor in weights))
+
+
+def loaded_models(stored: Stored, plan: ShardPlan) -> list[Loaded]:
+    """The model of every rank, as vLLM's loader hands it over."""
+    config = SimpleNamespace(hf_config=SimpleNamespace(ep2tp=note_of(plan, plan.ranks)))
+    size = plan.splits["routed"].padded
+    models = [Loaded(routed_experts(stored, size, plan.ranks, rank)) for rank in range(plan.ranks)]
+    for model in models:
+        plugin.load_model(lambda *_, model=model, **__: model, None, (), {"vllm_config": None, "model_config": config})
+    return models
+
+
+@pytest.mark.parametrize("stored", [quantised.BF16, quantised.FP8_BLOCK, quantised.INT4_GROUP32], ids=lambda s: s.name)
+@pytest.mark.parametrize("is_padded", [False, True], ids=["as stored", "padded"])
+def test_updates_in_place_hold_the_original(stored: Stored, is_padded: bool) -> None:
+    """One tensor a call, as a trainer sends them; a checkpoint that ep2tp pads as the engine reads it again passes."""
+    plan = plan_routed(stored, 1408, 6)
+    experts = make_experts(stored, QWEN3_MOE, 1408)
+    weights = as_checkpoint(experts, QWEN3_MOE)
+    models = loaded_models(stored, plan)
+    for model in models:
+        for weight in padded_weights(weights, plan) if is_padded else weights:
+            model.load_weights([weight])
+    for (expert, role), tensors in experts.items():
+        slices = [stored.read(expert_tensors(model.layer, expert, role, tensors)) for model in models]
+        assert_reassembled(slices, stored.read(tensors), 1 if role == "down" else 0, plan.splits["routed"].per_rank)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("0.gate_proj.weight", torch.zeros(256, HIDDEN, dtype=torch.bfloat16)),
+        ("0.down_proj.weight", torch.zeros(HIDDEN, 1408, dtype=torch.bfloat16, device="meta")),
+        ("w13_weight", torch.zeros(EXPERTS, 512, HIDDEN, dtype=torch.bfloat16)),
+    ],
+    ids=["of a rank", "a stand-in", "of the engine"],
+)
+def test_updates_that_cannot_be_padded_are_refused(name: str, tensor: torch.Tensor) -> None:
+    model = loaded_models(quantised.BF16, plan_routed(quantised.BF16, 1408, 6))[0]
+    with pytest.raises(LaunchError, match=rf"{name}.*moe_intermediate_size 1408 -> 1440.*the checkpoint's own names"):
+        model.load_weights([(f"{QWEN3_MOE.experts}.{name}", tensor)])
 
 
 @pytest.mark.parametrize(("size", "ranks"), [(1408, 3), (1408, 6), (2048, 3), (768, 16), (1000, 16)])
@@ -665,8 +770,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 def test_weights_whose_names_no_patch_knows_are_refused() -> None:
     """vLLM would load them unpadded into a padded model without a word."""
     renamed = [(f"llm.{name}", tensor) for name, tensor in stream(quantised.BF16, 1408)]
-    with pytest.raises(CheckpointError, match=r"no tensor has a name that patch 'qwen3_moe' knows for routed"):
+    with pytest.raises(CheckpointError, match=r"llm\.model\..*: patch 'qwen3_moe' has no such name"):
         list(padded_weights(renamed, plan_routed(quantised.BF16, 1408, 6)))
+    with pytest.raises(CheckpointError, match=r"no tensor has a name that patch 'qwen3_moe' knows for routed"):
+        list(padded_weights([("lm_head.weight", torch.zeros(2, 2))], plan_routed(quantised.BF16, 1408, 6)))
 
 
 def test_scales_may_come_before_and_long_after_their_weights() -> None:

@@ -52,3 +52,28 @@ def test_weights_to_be_padded_that_no_name_fits_are_an_error() -> None:
         found.check_found([])
     found.check_found(["routed"])
     plan(1).check_found([])
+
+
+@pytest.mark.parametrize(
+    ("name", "is_refused"),
+    [
+        ("model.layers.3.mlp.experts.w13_weight", True),
+        ("model.layers.3.mlp.experts.0.w13.weight_scale_inv", True),
+        ("mtp.layers.0.mlp.experts.gate_up_proj", True),
+        ("llm.model.layers.3.mlp.experts.7.down_proj.weight", True),
+        ("model.layers.3.mlp.gate.weight", False),
+        ("model.layers.3.mlp.gate.e_score_correction_bias", False),
+        ("model.layers.3.mlp.experts.e_score_correction_bias", False),
+        ("model.layers.3.mlp.experts.router.weight", False),
+        ("mtp.layers.0.mlp.shared_experts.up_proj.weight", False),
+        ("model.embed_tokens.weight", False),
+    ],
+)
+def test_an_expert_that_no_name_fits_is_refused_where_experts_are_padded(name: str, is_refused: bool) -> None:
+    """Whatever else is known: a checkpoint's shared experts may have names that fit, and its routed ones not."""
+    assert plan(1).tensor(name, (4, 352, 256), "BF16") is None
+    if not is_refused:
+        assert plan(2).tensor(name, (4, 352, 256), "BF16") is None
+        return
+    with pytest.raises(CheckpointError, match=rf"{name}: patch 'glm4_moe' has no such name, .* EP2TP_PATCHES"):
+        plan(2).tensor(name, (4, 352, 256), "BF16")

@@ -50,8 +50,8 @@ LOADED = Seam(
     "sglang.srt.model_executor.model_runner",
     "ModelRunner.load_model",
     ("self",),
-    "audits the loaded model: no dispatcher but the standard one, no expert parallelism, padding applied; puts ep2tp's "
-    "kernel on it",
+    "audits the loaded model: no dispatcher but the standard one, no expert parallelism, padding applied; pads what it "
+    "is given in place; puts ep2tp's kernel on it",
     VERSIONS,
 )
 KERNEL = Seam(

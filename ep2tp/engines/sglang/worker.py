@@ -105,6 +105,10 @@ def load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywor
             logger.info("ep2tp: %s is mapped, because SGLang imports it before plugins run; it gets no buffer", path)
     if state.note is not None and state.note["padding"] and not instance.is_draft_worker:
         _check_padded(instance.model_config)
+    if (plan := _plan_of(instance.model_config)) is not None:
+        from ep2tp.engines.updates import pad_updates
+
+        pad_updates(instance.model, plan)
     settings = Settings.from_environment()
     if settings.mode is not Mode.OFF and (settings.kernel is Kernel.EP2TP or state.is_rewritten):
         from ep2tp.engines.sglang import kernel

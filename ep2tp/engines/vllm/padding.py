@@ -23,7 +23,7 @@ class PlanNote(dict[str, Any]):
     """What a worker needs to make the plan again. Being unpickled, it makes sure that the worker pads.
 
     A worker without ep2tp cannot unpickle it and stops there, instead of loading unpadded weights into padded layers;
-    one whose plugins were filtered, or in which EP2TP is off, still gets the weights seam.
+    one whose plugins were filtered, or in which EP2TP is off, still gets the seams that pad.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -69,9 +69,10 @@ def plan_of(model_config: Any, settings: Settings) -> ShardPlan | None:
 
 
 def _restore_note(note: dict[str, Any]) -> PlanNote:
-    from ep2tp.engines.vllm.plugin import pad_weights
+    from ep2tp.engines.vllm.plugin import load_model, pad_weights
 
     seams.WEIGHTS.wrap(pad_weights)
+    seams.LOADED.wrap(load_model)
     return PlanNote(note)
 
 

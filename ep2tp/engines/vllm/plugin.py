@@ -47,7 +47,7 @@ def register() -> None:
     seams.SERVE.wrap(_serve)
     seams.ENGINE_CONFIG.wrap(_create_engine_config)
     seams.WEIGHTS.wrap(pad_weights)
-    seams.LOADED.wrap(_load_model)
+    seams.LOADED.wrap(load_model)
 
 
 def _serve(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
@@ -109,10 +109,21 @@ def pad_weights(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywo
     return stream if plan is None else padded_weights(stream, plan)
 
 
-def _load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
-    """Around ``BaseModelLoader.load_model(...)``: a model, and a draft, with weights as their kernels take them."""
+def load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
+    """Around ``BaseModelLoader.load_model(vllm_config, model_config, ...)``, of a model and of a draft.
+
+    Their weights are as their kernels take them by then.
+    """
+    from ep2tp.engines.vllm import padding
+
     model = wrapped(*args, **kwargs)
-    asked = Settings.from_environment().kernel
+    settings = Settings.from_environment()
+    model_config = args[1] if len(args) > 1 else kwargs["model_config"]
+    if (plan := padding.plan_of(model_config, settings)) is not None:
+        from ep2tp.engines.updates import pad_updates
+
+        pad_updates(model, plan)
+    asked = settings.kernel
     if asked is Kernel.EP2TP or guard.is_armed():
         from ep2tp.engines.vllm import kernel
 

@@ -31,7 +31,7 @@ LOADED = Seam(
     "vllm.model_executor.model_loader.base_loader",
     "BaseModelLoader.load_model",
     ("self", "vllm_config", "model_config", "prefix"),
-    "puts ep2tp's fused-MoE kernel on the layers of a loaded model that it takes",
+    "pads what a loaded model is given in place; puts ep2tp's fused-MoE kernel on the layers that it takes",
     VERSIONS,
 )
 KERNEL = Seam(
@@ -41,6 +41,6 @@ KERNEL = Seam(
     "not wrapped: replaced on the kernel object of such a layer, where ep2tp's kernel is faster",
     VERSIONS,
 )
-REQUIRED = (SERVE, ENGINE_CONFIG, WEIGHTS)
+REQUIRED = (SERVE, ENGINE_CONFIG, WEIGHTS, LOADED)
 """The seams without which nothing is rewritten or padded."""
-ALL = (*REQUIRED, LOADED, KERNEL)
+ALL = (*REQUIRED, KERNEL)
