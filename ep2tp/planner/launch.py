@@ -111,7 +111,8 @@ def refusal(question: Question, assessed: Assessment, engine: str) -> str:
         return ""
     outcome = "refuses" if found.outcome == "refuses" else "goes wrong in silence with"
     name = engine if found.versions == "all" else f"{engine} {found.versions}"
-    return f"{name} {outcome} {found.what}: {found.text}{_remedy(question, assessed, found)}"
+    text = found.text.rstrip(".")
+    return f"{name} {outcome} {found.what}: {text}{_remedy(question, assessed, found)}"
 
 
 def _remedy(question: Question, assessed: Assessment, found: Behaviour) -> str:
