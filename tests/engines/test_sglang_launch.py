@@ -558,6 +558,7 @@ def test_heads_that_do_not_divide_are_refused(tiny_models: Path) -> None:
 
 def test_a_config_that_cannot_be_read_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     args = server_args(Path("no/such-model"), tp_size=2, ep_size=2)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # it would be asked several times
     decision, changes = launch.rewrite(args, Settings.from_environment())
     assert (decision.is_warning, changes, args.ep_size) == (True, [], 2)
     monkeypatch.setenv("EP2TP_STRICT", "1")
