@@ -33,7 +33,8 @@ def install(model: Any, kernel: Kernel, arguments: Any) -> None:
     if not is_wanted(kernel, seams.KERNEL, logger):
         return
     is_forced, device = kernel is Kernel.EP2TP, this_device()
-    for line in put_on_layers(moe_layers(model), lambda layer: _put(layer, device, is_forced, arguments), kernel):
+    lines = put_on_layers(moe_layers(model), lambda layer: _put(layer, device, is_forced, arguments), kernel, logger)
+    for line in lines:
         logger.info("%s", line)
 
 
