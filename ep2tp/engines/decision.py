@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ep2tp.planner.topology import links_of_job
@@ -30,8 +31,17 @@ class Decision:
         return Decision(False, f"{self.why}, but {because}", self.asked, is_warning)
 
 
-def decide(mode: Mode, trigger: Setting | None, gpus: int) -> Decision:
-    """Decide for a launch that asks for expert parallelism by ``trigger`` (None: it does not) on ``gpus`` GPUs."""
+def decide(
+    mode: Mode,
+    trigger: Setting | None,
+    gpus: int,
+    devices: Sequence[int | str] = (),
+    sees_own_gpus_only: bool = False,
+) -> Decision:
+    """Decide for a launch that asks for expert parallelism by ``trigger`` (None: it does not) on ``gpus`` GPUs.
+
+    ``devices`` and ``sees_own_gpus_only`` are for :func:`ep2tp.planner.topology.links_of_job`.
+    """
     if trigger is None:
         return Decision(False, "the launch does not ask for expert parallelism", asked=False)
     asked = f"{trigger.flags[0]} on {gpus} GPU{'s' if gpus > 1 else ''}"
@@ -41,5 +51,5 @@ def decide(mode: Mode, trigger: Setting | None, gpus: int) -> Decision:
         return Decision(False, f"{asked}: one GPU holds every expert whole either way")
     if mode is Mode.ON:
         return Decision(True, f"{asked}; EP2TP=on")
-    links = links_of_job(gpus)
+    links = links_of_job(gpus, devices, sees_own_gpus_only)
     return Decision(not links.all_nvlink, f"{asked}; EP2TP=auto and {links.why}")

@@ -19,6 +19,7 @@ from ep2tp.settings import Kernel
 if TYPE_CHECKING:
     from ep2tp.kernels.configs import KernelConfig
 
+_MISSING = (AttributeError, TypeError, LookupError, ValueError, ImportError)  # what a renamed private part raises
 _MOST_TOKENS = 8192  # what a launch's report looks at
 
 
@@ -123,7 +124,9 @@ def is_wanted(kernel: Kernel, seam: Seam, logger: logging.Logger) -> bool:
     return True
 
 
-def put_on_layers(layers: Iterable[tuple[str, Any]], put: Callable[[Any], str], kernel: Kernel) -> list[str]:
+def put_on_layers(
+    layers: Iterable[tuple[str, Any]], put: Callable[[Any], str], kernel: Kernel, logger: logging.Logger
+) -> list[str]:
     """Put ep2tp's kernel on each layer that it takes.
 
     Args:
@@ -131,6 +134,7 @@ def put_on_layers(layers: Iterable[tuple[str, Any]], put: Callable[[Any], str], 
         put: puts it on one layer and says whose kernel runs when; raises :class:`UnfitError` where it does not fit, and
             :class:`SettingError` where the user's table cannot be read.
         kernel: ``EP2TP_KERNEL``.
+        logger: for a warning where this version of the engine keeps a layer's parts elsewhere.
 
     Returns:
         A line for each outcome, and how many layers have it.
@@ -146,5 +150,12 @@ def put_on_layers(layers: Iterable[tuple[str, Any]], put: Callable[[Any], str], 
             if kernel is Kernel.EP2TP:
                 raise LaunchError(f"EP2TP_KERNEL=ep2tp: {name}: {why}; EP2TP_KERNEL=auto uses the engine's") from None
             outcomes[f"the engine's: {why}"] += 1
+        except _MISSING as error:
+            what = f"this engine's layers are not as ep2tp expects ({type(error).__name__}: {error})"
+            if kernel is Kernel.EP2TP:
+                raise LaunchError(f"EP2TP_KERNEL=ep2tp: {name}: {what}; EP2TP_KERNEL=auto uses the engine's") from error
+            if not outcomes[f"the engine's: {what}"]:
+                logger.warning("ep2tp kernel: the engine's: %s: %s; please report this", name, what)
+            outcomes[f"the engine's: {what}"] += 1
     lines = [f"ep2tp kernel: {count} MoE layers: {outcome}" for outcome, count in outcomes.items()]
     return lines or ["ep2tp kernel: the engine's: this part of the model has no MoE layer that ep2tp knows"]

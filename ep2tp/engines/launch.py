@@ -30,6 +30,9 @@ class Launch:
         gpus: GPUs of the whole job.
         read_config: the model's config.json; None where it cannot be read.
         seam_problem: why this version of the engine is left alone; None where every seam holds.
+        devices: the GPUs that the launch names, by their places among those that the process may use, or by their
+            UUIDs; empty where it takes the first ones.
+        is_one_process_of_many: whether the engine's environment says that each data-parallel rank is started by itself.
     """
 
     rules: LaunchRules
@@ -38,6 +41,13 @@ class Launch:
     gpus: int
     read_config: Callable[[], dict[str, Any] | None]
     seam_problem: Callable[[Settings], str | None]
+    devices: tuple[int | str, ...] = ()
+    is_one_process_of_many: bool = False
+
+    @property
+    def sees_own_gpus_only(self) -> bool:
+        """Whether other processes of the job may have GPUs that this one is not shown."""
+        return self.is_one_process_of_many or any(s.is_bound(self.values) for s in self.rules.one_process_per_rank)
 
 
 def changes_of(launch: Launch, settings: Settings) -> tuple[Decision, list[Change]]:
@@ -49,7 +59,8 @@ def changes_of(launch: Launch, settings: Settings) -> tuple[Decision, list[Chang
         ModelError: ``EP2TP_STRICT=1`` and the model's config cannot be read.
         SeamError: ``EP2TP_STRICT=1`` and this engine is not one that ep2tp knows.
     """
-    decision = decide(settings.mode, assumes_expert_parallelism(launch.rules, launch.values), launch.gpus)
+    trigger = assumes_expert_parallelism(launch.rules, launch.values)
+    decision = decide(settings.mode, trigger, launch.gpus, launch.devices, launch.sees_own_gpus_only)
     if not decision.rewrite:
         return decision, []
     # The patches' schema takes longest to import, and a launch that does not ask for expert parallelism needs none.

@@ -21,6 +21,8 @@ def read_model_config(
     Returns:
         The parsed config, or None where it cannot be read (no such file, a store that is not a hub, no network).
     """
+    if Path(source).is_file() and Path(source).name != "config.json":
+        return None  # weights, such as a GGUF file, all of which transformers would read as text
     from transformers import PretrainedConfig
 
     try:

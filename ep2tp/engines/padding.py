@@ -83,6 +83,7 @@ def note_of(plan: ShardPlan, dense_ranks: int) -> dict[str, Any]:
         "config": dict(plan.facts.config),
         "ranks": plan.ranks,
         "dense_ranks": dense_ranks,
+        "routed_ranks": plan.splits["routed"].ranks if "routed" in plan.splits else None,
         "left_to_engine": dict(plan.left_to_engine),
         "multiples": dict(plan.multiples),
     }
@@ -101,7 +102,8 @@ def plan_of_note(note: Mapping[str, Any], settings: Settings) -> ShardPlan:
             "node the same EP2TP_PATCHES and EP2TP_PATCH_PATH"
         )
     facts = read_facts(note["config"], families[note["family"]], note["matched_by"], note["source"])
-    return plan_shards(facts, note["ranks"], note["left_to_engine"], note["dense_ranks"], note["multiples"])
+    ranks_of = {name: note[name] for name in ("dense_ranks", "routed_ranks")}
+    return plan_shards(facts, note["ranks"], note["left_to_engine"], multiples=note["multiples"], **ranks_of)
 
 
 def grow(configs: Iterable[Any], plan: ShardPlan, engine: str) -> None:

@@ -241,6 +241,7 @@ def plan_shards(
     left_to_engine: Mapping[ClassName, str] | None = None,
     dense_ranks: int | None = None,
     multiples: Mapping[ClassName, int] | None = None,
+    routed_ranks: int | None = None,
 ) -> ShardPlan:
     """Plan the slices of every class with the least padding for equal slices of whole blocks.
 
@@ -254,12 +255,13 @@ def plan_shards(
         dense_ranks: ranks over which shared experts and dense MLPs are sliced, where not over all (data parallelism
             without expert parallelism slices only the routed experts over every rank).
         multiples: sizes of which a class's slices have to be multiples, besides whole blocks, for the engine's kernel.
+        routed_ranks: ranks over which a routed expert is sliced, where not over all (1 where ranks hold whole experts).
 
     Raises:
         ModelError: a class that does not divide is stored in a format that ep2tp does not know.
     """
     handled, multiples = dict(left_to_engine or {}), dict(multiples or {})
-    ranks_of = {c.name: ranks if c.name == "routed" else dense_ranks or ranks for c in facts.classes}
+    ranks_of = {c.name: (routed_ranks if c.name == "routed" else dense_ranks) or ranks for c in facts.classes}
     splits: dict[ClassName, Split] = {}
     fields: dict[str, tuple[int, int]] = {}
     for field in dict.fromkeys(c.field for c in facts.classes):
@@ -305,4 +307,4 @@ def _padded_field(
                 f"and its weights ({c.name}) are stored by {facts.quantization.method}, which ep2tp cannot pad; use a "
                 f"tensor-parallel size that divides {size}, or another quantisation of the model"
             )
-    return least_padded(size, 1, [slices(c, c.padded_block) for c in cut])
+    return least_padded(size, 1, [slices(c, c.padded_block) for c in classes if c.is_known])

@@ -26,7 +26,8 @@ def padding_rows(plan: ShardPlan) -> list[tuple[str, str, str, str]]:
         split = plan.splits.get(c.name)
         if split is not None and not split.is_exact:
             block = lcm(c.padded_block, plan.multiples.get(c.name, 1))
-            why = f"+{split.overhead:.1%} memory: {plan.ranks} slices of whole {block}-blocks ({c.format_names})"
+            slices = f"{split.ranks} slices of whole {block}-blocks ({c.format_names})"
+            why = f"+{split.overhead:.1%} memory: {slices if split.ranks > 1 else 'not sliced, but shares its field'}"
             rows.append((f"{c.name} ({c.field})", str(split.size), str(split.padded), why))
     for name, how in [*plan.left_to_engine.items(), *_unchecked(plan)]:
         known = plan.facts.tensor_class(name)

@@ -96,6 +96,17 @@ with torch.no_grad(), published, get_parallel().override(**alone):
     handle_deterministic_inference(on_policy)
     kernel.install(layer(), Kernel.AUTO, on_policy)  # resolved to what it does not ask for by name
     assert "order of summation" in lines.pop()
+    lost = layer()
+    del lost["experts"].moe_runner_config  # as where another version keeps it elsewhere
+    kernel.install(lost, Kernel.AUTO, arguments)
+    expected = "not as ep2tp expects (AttributeError: "
+    assert expected in lines.pop() and "please report this" in lines.pop()
+    try:
+        kernel.install(lost, Kernel.EP2TP, arguments)
+    except LaunchError as error:
+        assert expected in str(error)
+    else:
+        raise AssertionError("not refused")
     both = {"apply_router_weight_on_input": True, "routed_scaling_factor": 2.5}
     for options, why in (
         ({"activation": "gelu"}, "is gelu"),

@@ -26,7 +26,9 @@ from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from ep2tp.demo.tiny import TinyModel
 from ep2tp.engines.sglang import arguments, experts, launch, padding, plugin, seams, worker
+from ep2tp.engines.sglang.note import was_seen
 from ep2tp.errors import CheckpointError, GuardError, LaunchError, ModelError, PatchError, SeamError
+from ep2tp.planner.topology import Links
 from ep2tp.rewrite import guard
 from ep2tp.settings import Settings
 from tests.engines.conftest import tiny_model
@@ -522,11 +524,83 @@ def test_a_model_that_was_not_padded_is_noticed(tiny_models: Path, as_on_a_gpu: 
     args.resolve_once()
     config = SimpleNamespace(moe_intermediate_size=75, intermediate_size=325)
     model_config = SimpleNamespace(model_path=args.model_path, hf_config=config, hf_text_config=config)
-    runner = SimpleNamespace(model_config=model_config, is_draft_worker=False)
+    model = SimpleNamespace(load_weights=list, named_modules=lambda: [])
+    runner = SimpleNamespace(model_config=model_config, is_draft_worker=False, model=model)
     with pytest.raises(SeamError, match="was to be padded and was not"):
         worker.load_model(lambda: None, runner, (), {})
     worker.initialize_model(lambda config: None, None, (model_config,), {})
     worker.load_model(lambda: None, runner, (), {})
+    assert model.load_weights is not list, "what the model is given in place is padded"
+
+
+# Launches of a program that loads plugins too late.
+
+
+LATE = """
+import pickle, sys
+from sglang.srt.server_args import ServerArgs
+args = ServerArgs(model_path=sys.argv[1], tp_size=2, ep_size=2, device="cpu", attention_backend="torch_native",
+                  disable_cuda_graph=True, skip_tokenizer_init=True)
+getattr(args, "resolve_once", lambda: None)()
+sys.stdout.buffer.write(b"\\n" + pickle.dumps(args).hex().encode())
+"""
+
+
+@pytest.mark.parametrize("mode", ["on", "auto", "off"])
+def test_a_launch_that_was_resolved_before_plugins_were_loaded_is_noticed(
+    mode: str, tiny_models: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    args = resolved_without_plugins(tiny_model(tiny_models, DIVIDES))
+    assert resolved_view(args).ep_size == 2
+    layer = SimpleNamespace(moe_ep_size=2, dispatcher=type("StandardDispatcher", (), {})())
+    model = SimpleNamespace(named_modules=lambda: [("model.layers.1.mlp.experts", layer)])
+    config = SimpleNamespace(model_path=args.model_path)
+    runner = SimpleNamespace(model=model, is_draft_worker=False, server_args=args, model_config=config)
+    monkeypatch.setenv("EP2TP", mode)
+    worker.load_model(lambda: None, runner, (), {})
+    assert len(messages) == (mode != "off")
+    assert all("load_plugins() before it makes a ServerArgs" in message for message in messages)
+    if mode != "off":
+        monkeypatch.setenv("EP2TP_STRICT", "1")
+        with pytest.raises(LaunchError, match="resolved this launch before it loaded plugins"):
+            worker.load_model(lambda: None, runner, (), {})
+
+
+def test_a_launch_that_ep2tp_left_alone_is_not_taken_for_one_that_it_never_saw(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "seam_problem", lambda settings: "this SGLang is unknown")
+    args = server_args(tiny_model(tiny_models, DIVIDES), tp_size=2, ep_size=2)
+    args.resolve_once()
+    assert was_seen(pickle.loads(pickle.dumps(args)))
+
+
+def resolved_without_plugins(model: Path) -> Any:
+    """What a worker gets of a program that loads no plugin."""
+    run = subprocess.run([sys.executable, "-c", LATE, str(model)], capture_output=True, check=True)
+    return pickle.loads(bytes.fromhex(run.stdout.splitlines()[-1].decode()))
+
+
+def test_gpus_that_a_launch_names_are_looked_at(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def look(gpus: int, devices: Any, sees_own_gpus_only: bool) -> Links:
+        seen.append((gpus, devices, sees_own_gpus_only))
+        return Links(True, "test")
+
+    monkeypatch.setenv("EP2TP", "auto")
+    monkeypatch.setattr("ep2tp.engines.decision.links_of_job", look)
+    model = tiny_model(tiny_models, DIVIDES)
+    for options in ({}, {"base_gpu_id": 4}, {"base_gpu_id": 1, "gpu_id_step": 2}, {"base_gpu_id": 4, "nnodes": 2}):
+        launch.rewrite(server_args(model, tp_size=4, ep_size=4, **options), Settings.from_environment())
+    assert [devices for _, devices, _ in seen] == [(), (4, 5, 6, 7), (1, 3, 5, 7), ()]
+
+
+def test_weights_in_one_file_are_not_read_as_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would read all of a GGUF file as JSON."""
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", lambda *_, **__: pytest.fail("read it"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert launch.read_config(server_args(tmp_path / "model.gguf", tp_size=2)) is None
 
 
 # What is refused, and what is left alone.

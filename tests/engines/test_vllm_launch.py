@@ -31,6 +31,7 @@ from ep2tp.errors import (
     SeamError,
     SettingError,
 )
+from ep2tp.planner.topology import Links
 from ep2tp.rewrite import guard
 from ep2tp.settings import Settings
 from tests.engines.conftest import tiny_model
@@ -387,6 +388,70 @@ def test_an_ep_only_backend_is_reset_in_the_kernel_config_too(tmp_path: Path) ->
     args = engine_args(model, tensor_parallel_size=2, kernel_config={"moe_backend": "deep_gemm_mega_moe"})
     launch.rewrite(args, Settings.from_environment())
     assert args.kernel_config.moe_backend == "auto"
+
+
+def test_a_drafts_settings_follow(tiny_models: Path) -> None:
+    """vLLM refuses a draft on as many ranks as the launch had before it was folded."""
+    given = {"method": "mtp", "draft_tensor_parallel_size": 2, "moe_backend": "deep-gemm-mega-moe"}
+    args = engine_args(
+        tiny_model(tiny_models, DIVIDES),
+        tensor_parallel_size=2,
+        data_parallel_size=2,
+        enable_expert_parallel=True,
+        speculative_config=given,
+    )
+    _, changes = launch.rewrite(args, Settings.from_environment())
+    assert args.speculative_config == {"method": "mtp", "draft_tensor_parallel_size": 4}
+    assert {c.setting.flags[0] for c in changes} >= {
+        "--speculative-config.draft_tensor_parallel_size",
+        "--speculative-config.moe_backend",
+    }
+    assert given["draft_tensor_parallel_size"] == 2, "the caller's own"
+    args.speculative_config = {"method": "mtp", "draft_tensor_parallel_size": 1, "moe_backend": "triton"}
+    args.enable_expert_parallel = True
+    _, changes = launch.rewrite(args, Settings.from_environment())
+    assert [c.setting.field for c in changes] == ["enable_expert_parallel"]
+
+
+def test_a_speculators_draft_is_judged_by_the_model_that_is_served(tiny_models: Path, tmp_path: Path) -> None:
+    """vLLM swaps the draft that is named for the model that it was made for."""
+    model = tiny_model(tiny_models, DIVIDES)
+    verifier = {"name_or_path": str(model), "architectures": ["DeepseekV3ForCausalLM"]}
+    draft = {"architectures": ["Eagle3Speculator"], "speculators_config": {"verifier": verifier}}
+    (tmp_path / "config.json").write_text(json.dumps(draft))
+    args = engine_args(tmp_path, tensor_parallel_size=4, enable_expert_parallel=True)
+    decision, _ = launch.rewrite(args, Settings.from_environment())
+    assert decision.rewrite and not args.enable_expert_parallel
+
+
+def test_whole_experts_are_not_padded_for_slices(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert-parallel launch that stays one: its shared experts are sliced, and share the routed ones' field."""
+    monkeypatch.setenv("EP2TP", "auto")
+    monkeypatch.setattr("ep2tp.engines.decision.links_of_job", lambda *_: Links(True, "all NVLink"))
+    config = engine_config(tiny_model(tiny_models, ODD), tensor_parallel_size=4, enable_expert_parallel=True)
+    assert config.parallel_config.enable_expert_parallel
+    plan = padding.plan_of(config.model_config, Settings.from_environment())
+    assert plan is not None
+    # 2 x 80 over 4 ranks; slices of the routed experts, too, would need 96.
+    assert plan.fields["moe_intermediate_size"] == (75, 80) == (75, config.model_config.hf_config.moe_intermediate_size)
+    assert (plan.splits["routed"].ranks, plan.splits["shared"].ranks, plan.splits["dense"].ranks) == (1, 4, 4)
+
+
+def test_gpus_of_other_processes_are_looked_at(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process a rank, each shown its own GPU, on a machine whose GPUs are all joined: left alone."""
+    seen: list[Any] = []
+
+    def look(gpus: int, devices: Any, sees_own_gpus_only: bool) -> Links:
+        seen.append((gpus, devices, sees_own_gpus_only))
+        return Links(True, "test")
+
+    monkeypatch.setenv("EP2TP", "auto")
+    monkeypatch.setattr("ep2tp.engines.decision.links_of_job", look)
+    model = tiny_model(tiny_models, DIVIDES)
+    for options in ({"data_parallel_rank": 3}, {"device_ids": [2, 3]}, {"data_parallel_external_lb": True}):
+        args = engine_args(model, data_parallel_size=2, enable_expert_parallel=True, **options)
+        assert not launch.rewrite(args, Settings.from_environment())[1]
+    assert seen == [(2, (), True), (2, (2, 3), False), (2, (), True)]
 
 
 def test_node_by_node_data_parallelism_is_refused_with_the_launch_over_nodes(tiny_models: Path) -> None:

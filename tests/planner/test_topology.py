@@ -78,6 +78,38 @@ def test_every_pair_of_the_jobs_gpus_counts(
 
 
 @pytest.mark.parametrize(
+    ("devices", "visible", "expected"),
+    [
+        ((1, 2), None, False),
+        ((2, 3), None, True),
+        ((0, 1), "2,3", True),
+        ((0, 1), "1,2", False),
+        (("GPU-22", "GPU-33"), None, True),
+        ((3, 4), None, False),
+    ],
+)
+def test_gpus_that_a_launch_names_count(
+    devices: tuple[int | str, ...], visible: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_nvml(monkeypatch, 4, PAIRS_01_23)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert links_of_job(2, devices).all_nvlink is expected
+
+
+@pytest.mark.parametrize(
+    ("joined", "gpus", "expected"), [(ALL_OF_4, 4, True), (ALL_OF_4, 8, False), (PAIRS_01_23, 2, False)]
+)
+def test_gpus_that_other_processes_of_the_job_see_count(
+    joined: set[frozenset[int]], gpus: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_nvml(monkeypatch, 4, joined)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert not links_of_job(gpus).all_nvlink
+    assert links_of_job(gpus, sees_own_gpus_only=True).all_nvlink is expected
+
+
+@pytest.mark.parametrize(
     ("visible", "handles", "bad"),
     [
         ("", [], None),

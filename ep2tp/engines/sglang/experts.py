@@ -102,13 +102,19 @@ def audit(model: Any) -> None:
     layers = moe_layers(model)
     if not layers and any(hasattr(module, "experts") for module in model.modules()):
         raise SeamError("no layer of experts looks like SGLang's FusedMoE; run with EP2TP=off and report this")
-    for name, module in layers:
+    if found := expert_parallelism(model):
+        raise SeamError(
+            f"{found} although the launch was rewritten to tensor parallelism; run with EP2TP=off and report this"
+        )
+
+
+def expert_parallelism(model: Any) -> str | None:
+    """The first MoE layer of a loaded model that holds whole experts or sends tokens to other ranks, or None."""
+    for name, module in moe_layers(model):
         dispatcher = type(module.dispatcher).__name__
         if module.moe_ep_size != 1 or dispatcher not in STANDARD_DISPATCHERS:
-            raise SeamError(
-                f"{name}: moe_ep_size={module.moe_ep_size}, dispatcher={dispatcher} although the launch was rewritten "
-                "to tensor parallelism; run with EP2TP=off and report this"
-            )
+            return f"{name}: moe_ep_size={module.moe_ep_size}, dispatcher={dispatcher}"
+    return None
 
 
 def moe_layers(model: Any) -> list[tuple[str, Any]]:

@@ -35,7 +35,8 @@ def install(model: Any, kernel: Kernel, arguments: Any) -> None:
     from ep2tp.engines.sglang.launch import resolved
 
     is_forced, device, arguments = kernel is Kernel.EP2TP, this_device(), resolved(arguments)
-    for line in put_on_layers(moe_layers(model), lambda layer: _put(layer, device, is_forced, arguments), kernel):
+    lines = put_on_layers(moe_layers(model), lambda layer: _put(layer, device, is_forced, arguments), kernel, logger)
+    for line in lines:
         logger.info("%s", line)
 
 

@@ -35,12 +35,21 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
         gpus=rules.gpus(values) * size_of(rules.pipeline_parallel, values),
         read_config=lambda: read_config(arguments),
         seam_problem=seam_problem,
+        devices=_devices(arguments, rules.gpus(values), size_of(rules.pipeline_parallel, values)),
     )
     decision, changes = changes_of(launch, settings)
     if decision.rewrite:
         sglang_arguments.apply(changes, arguments)
         guard.arm()
     return decision, changes
+
+
+def _devices(arguments: Any, ranks: int, stages: int) -> tuple[int, ...]:
+    """The GPUs of a launch on one node that does not take the first ones (``--base-gpu-id``, ``--gpu-id-step``)."""
+    base, step = arguments.base_gpu_id, arguments.gpu_id_step
+    if (base, step) == (0, 1) or arguments.nnodes > 1:
+        return ()
+    return tuple(dict.fromkeys(base + stage * ranks + rank * step for stage in range(stages) for rank in range(ranks)))
 
 
 def read_config(arguments: Any) -> dict[str, Any] | None:

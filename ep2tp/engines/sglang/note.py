@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _SEED = secrets.token_hex(8)  # process ids repeat from container to container
+_SEEN = "_ep2tp_seen"
 _ATTRIBUTE = "_ep2tp"  # ServerArgs keeps what begins with an underscore and is no field of its own
 
 
@@ -40,6 +41,16 @@ def this_process() -> str:
 def attach(arguments: Any, note: LaunchNote) -> None:
     """Put a note on a ``ServerArgs``."""
     arguments.__dict__[_ATTRIBUTE] = note
+
+
+def mark_seen(arguments: Any) -> None:
+    """Tell the workers that ep2tp looked at this launch. Unlike a note, it needs no ep2tp to be unpickled."""
+    arguments.__dict__[_SEEN] = True
+
+
+def was_seen(arguments: Any) -> bool:
+    """Whether ep2tp looked at this launch before it was resolved."""
+    return bool(arguments.__dict__.get(_SEEN))
 
 
 def find(arguments: Any) -> LaunchNote | None:

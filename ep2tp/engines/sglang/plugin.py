@@ -16,7 +16,7 @@ import wrapt
 
 from ep2tp.engines.report import log_launch
 from ep2tp.engines.sglang import seams, worker
-from ep2tp.engines.sglang.note import LaunchNote, attach, find, this_process
+from ep2tp.engines.sglang.note import LaunchNote, attach, find, mark_seen, this_process
 from ep2tp.errors import SettingError
 from ep2tp.rewrite import guard
 from ep2tp.settings import Mode, Settings
@@ -70,6 +70,7 @@ def resolve(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], k
     if plan is not None and plan.is_padded:
         view = launch.resolved(instance)
         note.update(model=str(view.model_path), padding=note_of(plan, view.tp_size))
+    mark_seen(instance)
     if note["rewritten"] or note["padding"]:
         attach(instance, note)
     if instance.node_rank == 0 and (plan is not None or decision.asked):

@@ -110,6 +110,10 @@ def load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywor
 
         pad_updates(instance.model, plan)
     settings = Settings.from_environment()
+    if settings.mode is not Mode.OFF and state.note is None and not instance.is_draft_worker:
+        from ep2tp.engines.sglang import late
+
+        late.report(instance, settings)
     if settings.mode is not Mode.OFF and (settings.kernel is Kernel.EP2TP or state.is_rewritten):
         from ep2tp.engines.sglang import kernel
 

@@ -16,18 +16,24 @@ _EP_FLAG = Setting(
     "every rank holds a slice of every expert",
     takes_value=False,
 )
-_EP_ONLY_BACKEND = Setting(
-    "moe_backend",
-    ("--moe-backend",),
-    "this backend runs under expert parallelism only",
-    only=frozenset(
-        {
-            "aiter_mega_moe",
-            "deep_gemm_mega_moe",
-            "flashinfer_moe_ep_cutedsl",
-            "flashinfer_moe_ep_mega_deep_gemm",
-        }
-    ),
+_EP_ONLY = "this backend runs under expert parallelism only"
+_EP_ONLY_BACKENDS = frozenset(
+    {
+        "aiter_mega_moe",
+        "deep_gemm_mega_moe",
+        "flashinfer_moe_ep_cutedsl",
+        "flashinfer_moe_ep_mega_deep_gemm",
+    }
+)
+_EP_ONLY_BACKEND = Setting("moe_backend", ("--moe-backend",), _EP_ONLY, only=_EP_ONLY_BACKENDS)
+_DRAFT = "speculative_config"
+_DRAFT_BACKEND = Setting(
+    f"{_DRAFT}.moe_backend", ("--speculative-config.moe_backend",), _EP_ONLY, only=_EP_ONLY_BACKENDS
+)
+_DRAFT_SIZE = Setting(
+    f"{_DRAFT}.draft_tensor_parallel_size",
+    ("--speculative-config.draft_tensor_parallel_size",),
+    "a draft runs on all tensor-parallel ranks, or on one",
 )
 _DP_BACKEND = Setting("data_parallel_backend", ("--data-parallel-backend", "-dpb"), "no data-parallel ranks are left")
 _RANKS_PER_NODE = Setting(
@@ -109,6 +115,22 @@ def given_values(arguments: Any, defaults: Any) -> dict[str, Any]:
     return given
 
 
+def draft_changes(arguments: Any, changes: list[Change]) -> list[Change]:
+    """What changes in the settings of a speculative draft in a launch that ``changes`` make tensor parallel."""
+    draft = getattr(arguments, _DRAFT, None)
+    if not isinstance(draft, dict):
+        return []
+    found = []
+    folded = next((change for change in changes if change.setting is RULES.tensor_parallel), None)
+    size = draft.get("draft_tensor_parallel_size")
+    if folded is not None and size not in (None, 1) and size == folded.before:
+        found.append(Change(_DRAFT_SIZE, size, folded.after, _DRAFT_SIZE.why))
+    backend = draft.get("moe_backend")
+    if _DRAFT_BACKEND.is_bound({_DRAFT_BACKEND.field: backend}):
+        found.append(Change(_DRAFT_BACKEND, backend, None, _DRAFT_BACKEND.why))
+    return found
+
+
 def default_of(defaults: Any, name: str) -> Any:
     """The default of a dataclass field; None for a field that this version does not have."""
     field = next((f for f in dataclasses.fields(defaults) if f.name == name), None)
@@ -121,10 +143,18 @@ def apply(changes: list[Change], arguments: Any, defaults: Any) -> None:
     """Write the changes into an ``EngineArgs`` or a Namespace in place; idempotent."""
     for change in changes:
         field = change.setting.field
+        if field.startswith(f"{_DRAFT}."):
+            _set_draft(arguments, field.removeprefix(f"{_DRAFT}."), change.after)
+            continue
         value = default_of(defaults, field) if change.after is None else change.after
         setattr(arguments, field, value)
         if field == _EP_ONLY_BACKEND.field and _kernel_config_backend(arguments):
             _set_kernel_config_backend(arguments, value)
+
+
+def _set_draft(arguments: Any, key: str, value: Any) -> None:
+    others = {name: old for name, old in arguments.speculative_config.items() if name != key}
+    arguments.speculative_config = others if value is None else {**others, key: value}
 
 
 def _kernel_config_backend(arguments: Any) -> str | None:

@@ -41,7 +41,7 @@ def install(model: Any, kernel: Kernel) -> None:
     if not is_wanted(kernel, seams.KERNEL, logger):
         return
     is_forced, device = kernel is Kernel.EP2TP, this_device()
-    lines = put_on_layers(_layers(model), lambda layer: _put(layer, device, is_forced), kernel)
+    lines = put_on_layers(_layers(model), lambda layer: _put(layer, device, is_forced), kernel, logger)
     if _is_first_rank():
         for line in lines:
             logger.info("%s", line)

@@ -37,6 +37,8 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
         gpus=processes * _gpus(arguments),
         read_config=lambda: read_model_config(arguments),
         seam_problem=seam_problem,
+        devices=tuple(getattr(arguments, "device_ids", None) or ()),
+        is_one_process_of_many=processes > 1,
     )
     decision, changes = changes_of(launch, settings)
     if not decision.rewrite:
@@ -46,6 +48,7 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
             f"{_PROCESS_PER_RANK}={processes} starts one process per data-parallel rank; tensor parallelism is one "
             "launch over all GPUs. Unset it and start once with the product as --tensor-parallel-size, or set EP2TP=off"
         )
+    changes += vllm_arguments.draft_changes(arguments, changes)
     vllm_arguments.apply(changes, arguments, EngineArgs)
     guard.arm()
     let_ray_copy_our_variables()

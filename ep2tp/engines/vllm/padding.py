@@ -82,7 +82,7 @@ def _plan(facts: ModelFacts, vllm_config: Any) -> ShardPlan:
     ranks = dense_ranks * parallel.prefill_context_parallel_size * parallel.data_parallel_size
     if parallel.enable_expert_parallel and ranks > 1:
         kept: dict[ClassName, str] = {"routed": "whole experts on each rank"}
-        return plan_shards(facts, ranks, kept, dense_ranks)
+        return plan_shards(facts, ranks, kept, dense_ranks, routed_ranks=1)
     handled = experts.left_to_engine(facts, ranks, vllm_config.kernel_config.moe_backend)
     return plan_shards(facts, ranks, handled, dense_ranks)
 
