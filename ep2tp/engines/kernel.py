@@ -146,16 +146,16 @@ def put_on_layers(
     for name, layer in layers:
         try:
             outcomes[put(layer)] += 1
-        except (UnfitError, SettingError) as why:
+        except (UnfitError, SettingError, *_MISSING) as error:
+            is_expected = isinstance(error, UnfitError | SettingError)
+            name_of = type(error).__name__
+            why = error if is_expected else f"this engine's layers are not as ep2tp expects ({name_of}: {error})"
             if kernel is Kernel.EP2TP:
-                raise LaunchError(f"EP2TP_KERNEL=ep2tp: {name}: {why}; EP2TP_KERNEL=auto uses the engine's") from None
-            outcomes[f"the engine's: {why}"] += 1
-        except _MISSING as error:
-            what = f"this engine's layers are not as ep2tp expects ({type(error).__name__}: {error})"
-            if kernel is Kernel.EP2TP:
-                raise LaunchError(f"EP2TP_KERNEL=ep2tp: {name}: {what}; EP2TP_KERNEL=auto uses the engine's") from error
-            if not outcomes[f"the engine's: {what}"]:
-                logger.warning("ep2tp kernel: the engine's: %s: %s; please report this", name, what)
-            outcomes[f"the engine's: {what}"] += 1
+                text = f"EP2TP_KERNEL=ep2tp: {name}: {why}; EP2TP_KERNEL=auto uses the engine's"
+                raise LaunchError(text) from (None if is_expected else error)
+            outcome = f"the engine's: {why}"
+            if not is_expected and not outcomes[outcome]:
+                logger.warning("ep2tp kernel: the engine's: %s: %s; please report this", name, why)
+            outcomes[outcome] += 1
     lines = [f"ep2tp kernel: {count} MoE layers: {outcome}" for outcome, count in outcomes.items()]
     return lines or ["ep2tp kernel: the engine's: this part of the model has no MoE layer that ep2tp knows"]

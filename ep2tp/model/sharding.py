@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import lcm, prod
 
 from ep2tp.errors import CheckpointError, ModelError
@@ -156,12 +157,17 @@ class ShardPlan:
 
     def is_applied_to(self, name: str, shape: tuple[int, ...], dtype: str) -> bool:
         """Whether a tensor that the plan pads has its padded shape; arguments as of :meth:`tensor`."""
-        grown = {name: Split(split.padded, split.padded, split.ranks) for name, split in self.splits.items()}
         try:
-            place = replace(self, splits=grown).tensor(name, shape, dtype)
+            place = self._of_padded.tensor(name, shape, dtype)
         except CheckpointError:
             return False
         return place is not None and place.cut is not None and not self.splits[place.matrix.class_name].is_exact
+
+    @cached_property
+    def _of_padded(self) -> ShardPlan:
+        """The plan of a checkpoint that has the padded sizes already; asked for every tensor of an update."""
+        grown = {name: Split(split.padded, split.padded, split.ranks) for name, split in self.splits.items()}
+        return replace(self, splits=grown)
 
     def _refuse_unknown_expert(self, name: str) -> None:
         """Engines slice such a tensor unpadded into a padded model, by sizes that they round down, without a word."""

@@ -115,10 +115,8 @@ def _what_does_not_run(question: Question, assessed: Sequence[Assessment]) -> li
     for a in assessed:
         if a.layout.plan not in ("TP", "TEP", "DEP"):
             continue
-        if a.blockers:
-            found.append(f"{a.layout} cannot run: {a.blockers[0]}.")
-        elif not a.is_served:
-            found.append(f"{a.layout} runs in neither engine. {refusal(question, a, 'SGLang')}.")
+        if why := _obstacle(question, a):
+            found.append(why)
         elif not a.fits:
             usable = usable_bytes(question.gpu.memory_gb) / GB
             need = (a.weights.total + a.cache) / GB
@@ -170,10 +168,12 @@ def _nothing_runs(question: Question, assessed: Sequence[Assessment]) -> list[st
 
 
 def _obstacles(question: Question, assessed: Sequence[Assessment]) -> list[str]:
-    """Why plans do not run, whether they fit or not."""
-    blocked = [f"{a.layout} cannot run: {a.blockers[0]}." for a in assessed if a.blockers]
-    return blocked + [
-        f"{a.layout} runs in neither engine. {refusal(question, a, 'SGLang')}."
-        for a in assessed
-        if not a.blockers and not a.is_served
-    ]
+    """Why plans do not run, whether they fit or not; first those that no padding helps."""
+    return [why for a in sorted(assessed, key=lambda a: not a.blockers) if (why := _obstacle(question, a))]
+
+
+def _obstacle(question: Question, a: Assessment) -> str:
+    """What but memory keeps a plan from running; empty where nothing does."""
+    if a.blockers:
+        return f"{a.layout} cannot run: {a.blockers[0]}."
+    return "" if a.is_served else f"{a.layout} runs in neither engine. {refusal(question, a, 'SGLang')}."

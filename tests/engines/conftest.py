@@ -6,12 +6,14 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ep2tp.demo.engines import SGLANG, VLLM
 from ep2tp.demo.launch import run_engine
 from ep2tp.demo.tiny import TinyModel
+from ep2tp.planner.topology import Links
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")  # read when SGLang is imported
 # vLLM's scheduler in the process that calls it, one import of vLLM less in each run; servers have it in its own.
@@ -26,6 +28,20 @@ ODD = TinyModel("deepseek_v3", expert_size=75, shared_experts=2, dense_size=325)
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which :func:`tiny_model` keeps what it wrote."""
     return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any, bool]]:
+    """What ``EP2TP=auto`` asks of each job's links (GPUs, devices, whether it sees its own alone): all are NVLink."""
+    seen: list[tuple[int, Any, bool]] = []
+
+    def look(gpus: int, devices: Any, sees_own_gpus_only: bool) -> Links:
+        seen.append((gpus, devices, sees_own_gpus_only))
+        return Links(True, "test")
+
+    monkeypatch.setenv("EP2TP", "auto")
+    monkeypatch.setattr("ep2tp.engines.decision.links_of_job", look)
+    return seen
 
 
 @pytest.fixture(scope="session")

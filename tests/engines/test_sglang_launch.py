@@ -28,7 +28,6 @@ from ep2tp.demo.tiny import TinyModel
 from ep2tp.engines.sglang import arguments, experts, launch, padding, plugin, seams, worker
 from ep2tp.engines.sglang.note import was_seen
 from ep2tp.errors import CheckpointError, GuardError, LaunchError, ModelError, PatchError, SeamError
-from ep2tp.planner.topology import Links
 from ep2tp.rewrite import guard
 from ep2tp.settings import Settings
 from tests.engines.conftest import tiny_model
@@ -581,19 +580,11 @@ def resolved_without_plugins(model: Path) -> Any:
     return pickle.loads(bytes.fromhex(run.stdout.splitlines()[-1].decode()))
 
 
-def test_gpus_that_a_launch_names_are_looked_at(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    def look(gpus: int, devices: Any, sees_own_gpus_only: bool) -> Links:
-        seen.append((gpus, devices, sees_own_gpus_only))
-        return Links(True, "test")
-
-    monkeypatch.setenv("EP2TP", "auto")
-    monkeypatch.setattr("ep2tp.engines.decision.links_of_job", look)
+def test_gpus_that_a_launch_names_are_looked_at(tiny_models: Path, jobs: list[Any]) -> None:
     model = tiny_model(tiny_models, DIVIDES)
     for options in ({}, {"base_gpu_id": 4}, {"base_gpu_id": 1, "gpu_id_step": 2}, {"base_gpu_id": 4, "nnodes": 2}):
         launch.rewrite(server_args(model, tp_size=4, ep_size=4, **options), Settings.from_environment())
-    assert [devices for _, devices, _ in seen] == [(), (4, 5, 6, 7), (1, 3, 5, 7), ()]
+    assert [devices for _, devices, _ in jobs] == [(), (4, 5, 6, 7), (1, 3, 5, 7), ()]
 
 
 def test_weights_in_one_file_are_not_read_as_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

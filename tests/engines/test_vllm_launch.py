@@ -437,21 +437,13 @@ def test_whole_experts_are_not_padded_for_slices(tiny_models: Path, monkeypatch:
     assert (plan.splits["routed"].ranks, plan.splits["shared"].ranks, plan.splits["dense"].ranks) == (1, 4, 4)
 
 
-def test_gpus_of_other_processes_are_looked_at(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_of_other_processes_are_looked_at(tiny_models: Path, jobs: list[Any]) -> None:
     """One process a rank, each shown its own GPU, on a machine whose GPUs are all joined: left alone."""
-    seen: list[Any] = []
-
-    def look(gpus: int, devices: Any, sees_own_gpus_only: bool) -> Links:
-        seen.append((gpus, devices, sees_own_gpus_only))
-        return Links(True, "test")
-
-    monkeypatch.setenv("EP2TP", "auto")
-    monkeypatch.setattr("ep2tp.engines.decision.links_of_job", look)
     model = tiny_model(tiny_models, DIVIDES)
     for options in ({"data_parallel_rank": 3}, {"device_ids": [2, 3]}, {"data_parallel_external_lb": True}):
         args = engine_args(model, data_parallel_size=2, enable_expert_parallel=True, **options)
         assert not launch.rewrite(args, Settings.from_environment())[1]
-    assert seen == [(2, (), True), (2, (2, 3), False), (2, (), True)]
+    assert jobs == [(2, (), True), (2, (2, 3), False), (2, (), True)]
 
 
 def test_node_by_node_data_parallelism_is_refused_with_the_launch_over_nodes(tiny_models: Path) -> None:

@@ -24,7 +24,7 @@ def install(model: Any, kernel: Kernel, arguments: Any) -> None:
     Args:
         model: the ``torch.nn.Module`` that SGLang loaded.
         kernel: ``EP2TP_KERNEL``; with ``engine`` nothing is done.
-        arguments: the worker's ``ServerArgs`` : what it was resolved to counts, not what was asked for.
+        arguments: the worker's ``ServerArgs``: what it was resolved to counts, not what was asked for.
 
     Raises:
         LaunchError: ``EP2TP_KERNEL=ep2tp``, and a layer that ep2tp's kernel does not take.

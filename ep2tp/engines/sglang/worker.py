@@ -103,9 +103,10 @@ def load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywor
         experts.audit(instance.model)
         for path in guard.mapped_libraries():
             logger.info("ep2tp: %s is mapped, because SGLang imports it before plugins run; it gets no buffer", path)
+    plan = _plan_of(instance.model_config)
     if state.note is not None and state.note["padding"] and not instance.is_draft_worker:
-        _check_padded(instance.model_config)
-    if (plan := _plan_of(instance.model_config)) is not None:
+        _check_padded(instance.model_config, plan)
+    if plan is not None:
         from ep2tp.engines.updates import pad_updates
 
         pad_updates(instance.model, plan)
@@ -144,8 +145,7 @@ def _plan_of(model_config: Any) -> ShardPlan | None:
     return plan_of_note(state.note["padding"], Settings.from_environment())
 
 
-def _check_padded(model_config: Any) -> None:
-    plan = _plan_of(model_config)
+def _check_padded(model_config: Any, plan: ShardPlan | None) -> None:
     fields = plan.fields if plan is not None else {}
     for field, (before, _) in fields.items():
         if any(getattr(config, field, None) == before for config in _configs(model_config)):
