@@ -19,7 +19,7 @@ from ep2tp.checkpoint.source import UNREAD, LocalSource, Source
 from ep2tp.errors import CheckpointError, ModelError
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import load_families
-from ep2tp.model.locate import facts_of
+from ep2tp.model.locate import MODELOPT, facts_of, with_modelopt
 from ep2tp.model.sharding import plan_shards
 from ep2tp.settings import Settings
 
@@ -59,10 +59,7 @@ def prepare(source: Source, tp: int, layout: Layout) -> Conversion:
     if text is None:
         raise CheckpointError(f"{source.label}: has no config.json; name a folder with a Hugging Face checkpoint")
     config = parse_json(Path(source.label) / "config.json", text)
-    quantization = source.read_text("hf_quant_config.json")
-    described = config
-    if config.get("quantization_config") is None and quantization is not None:
-        described = config | {"quantization_config": _modelopt(Path(source.label), quantization)}
+    described = with_modelopt(config, Path(source.label) / MODELOPT, source.read_text(MODELOPT))
     facts = _facts(described, source.label)
     for c in facts.classes:
         if not c.is_known:
@@ -85,8 +82,3 @@ def prepare(source: Source, tp: int, layout: Layout) -> Conversion:
 def _facts(config: dict[str, object], label: str) -> ModelFacts:
     settings = Settings.from_environment()
     return facts_of(config, label, load_families(settings.patches, settings.patch_path))
-
-
-def _modelopt(folder: Path, text: bytes) -> dict[str, object]:
-    """hf_quant_config.json of ModelOpt, as the quantization_config that newer checkpoints have."""
-    return {"quant_method": "modelopt"} | parse_json(folder / "hf_quant_config.json", text)
