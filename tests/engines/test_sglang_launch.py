@@ -25,9 +25,10 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs, prepare_server_args
 
 from ep2tp.demo.tiny import TinyModel
-from ep2tp.engines.sglang import arguments, experts, launch, padding, plugin, seams, worker
+from ep2tp.engines.sglang import arguments, experts, late, launch, padding, plugin, seams, worker
 from ep2tp.engines.sglang.note import was_seen
 from ep2tp.errors import CheckpointError, GuardError, LaunchError, ModelError, PatchError, SeamError
+from ep2tp.planner.topology import Links
 from ep2tp.rewrite import guard
 from ep2tp.settings import Settings
 from tests.engines.conftest import tiny_model
@@ -536,10 +537,10 @@ def test_a_model_that_was_not_padded_is_noticed(tiny_models: Path, as_on_a_gpu: 
 
 
 LATE = """
-import pickle, sys
+import json, pickle, sys
 from sglang.srt.server_args import ServerArgs
 args = ServerArgs(model_path=sys.argv[1], tp_size=2, ep_size=2, device="cpu", attention_backend="torch_native",
-                  disable_cuda_graph=True, skip_tokenizer_init=True)
+                  disable_cuda_graph=True, skip_tokenizer_init=True, **json.loads(sys.argv[2]))
 getattr(args, "resolve_once", lambda: None)()
 sys.stdout.buffer.write(b"\\n" + pickle.dumps(args).hex().encode())
 """
@@ -565,6 +566,19 @@ def test_a_launch_that_was_resolved_before_plugins_were_loaded_is_noticed(
             worker.load_model(lambda: None, runner, (), {})
 
 
+def test_a_late_launch_is_judged_by_the_gpus_that_it_names(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
+) -> None:
+    args = resolved_without_plugins(tiny_model(tiny_models, DIVIDES), base_gpu_id=4)
+    seen: list[Any] = []
+    monkeypatch.setenv("EP2TP", "auto")
+    monkeypatch.setattr("ep2tp.engines.sglang.late.links_of_job", lambda *job: seen.append(job) or Links(True, "test"))
+    layer = SimpleNamespace(moe_ep_size=2, dispatcher=type("StandardDispatcher", (), {})())
+    model = SimpleNamespace(named_modules=lambda: [("model.layers.1.mlp.experts", layer)])
+    late.report(SimpleNamespace(model=model, server_args=args), Settings.from_environment())
+    assert (seen, messages) == ([(2, (4, 5))], [])
+
+
 def test_a_launch_that_ep2tp_left_alone_is_not_taken_for_one_that_it_never_saw(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,9 +588,9 @@ def test_a_launch_that_ep2tp_left_alone_is_not_taken_for_one_that_it_never_saw(
     assert was_seen(pickle.loads(pickle.dumps(args)))
 
 
-def resolved_without_plugins(model: Path) -> Any:
+def resolved_without_plugins(model: Path, **options: Any) -> Any:
     """What a worker gets of a program that loads no plugin."""
-    run = subprocess.run([sys.executable, "-c", LATE, str(model)], capture_output=True, check=True)
+    run = subprocess.run([sys.executable, "-c", LATE, str(model), json.dumps(options)], capture_output=True, check=True)
     return pickle.loads(bytes.fromhex(run.stdout.splitlines()[-1].decode()))
 
 

@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 from ep2tp.engines.sglang import experts
+from ep2tp.engines.sglang.launch import devices
 from ep2tp.engines.sglang.note import was_seen
 from ep2tp.errors import LaunchError
 from ep2tp.planner.topology import links_of_job
@@ -31,7 +32,9 @@ def report(runner: Any, settings: Settings) -> None:
     arguments = runner.server_args
     if was_seen(arguments) or (found := experts.expert_parallelism(runner.model)) is None:
         return
-    if settings.mode is Mode.AUTO and links_of_job(arguments.tp_size * arguments.pp_size).all_nvlink:
+    ranks, stages = arguments.tp_size, arguments.pp_size
+    used = devices(arguments, ranks, stages)
+    if settings.mode is Mode.AUTO and links_of_job(ranks * stages, used).all_nvlink:
         return
     problem = (
         f"{found}: SGLang resolved this launch before it loaded plugins, so it stayed expert parallel. A program has "

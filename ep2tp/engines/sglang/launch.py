@@ -35,7 +35,7 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
         gpus=rules.gpus(values) * size_of(rules.pipeline_parallel, values),
         read_config=lambda: read_config(arguments),
         seam_problem=seam_problem,
-        devices=_devices(arguments, rules.gpus(values), size_of(rules.pipeline_parallel, values)),
+        devices=devices(arguments, rules.gpus(values), size_of(rules.pipeline_parallel, values)),
     )
     decision, changes = changes_of(launch, settings)
     if decision.rewrite:
@@ -44,8 +44,17 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
     return decision, changes
 
 
-def _devices(arguments: Any, ranks: int, stages: int) -> tuple[int, ...]:
-    """The GPUs of a launch on one node that does not take the first ones (``--base-gpu-id``, ``--gpu-id-step``)."""
+def devices(arguments: Any, ranks: int, stages: int) -> tuple[int, ...]:
+    """The GPUs of a launch on one node that does not take the first ones (``--base-gpu-id``, ``--gpu-id-step``).
+
+    Args:
+        arguments: a ``ServerArgs``.
+        ranks: of a pipeline stage.
+        stages: of the pipeline.
+
+    Returns:
+        Their places among those that the process may use; empty where they are the first ones, or on several nodes.
+    """
     base, step = arguments.base_gpu_id, arguments.gpu_id_step
     if (base, step) == (0, 1) or arguments.nnodes > 1:
         return ()
