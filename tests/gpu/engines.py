@@ -39,6 +39,7 @@ class Case:
         ep2tp: the value of ``EP2TP``, or :data:`NO_PLUGINS`.
         kernel: the value of ``EP2TP_KERNEL``.
         engine: further arguments of ``vllm.LLM``.
+        update: name of a checkpoint folder whose weights it is given in place before it generates.
         fails: whether it is expected not to start.
     """
 
@@ -49,6 +50,7 @@ class Case:
     ep2tp: str = "off"
     kernel: str = "engine"
     engine: Mapping[str, Any] = field(default_factory=dict)
+    update: str | None = None
     fails: bool = False
 
 
@@ -116,6 +118,8 @@ class Engines:
         command += ["--tp", str(case.ranks), "--engine", json.dumps({**_TRITON, **case.engine, **fallback})]
         if case.ep:
             command.append("--ep")
+        if case.update:
+            command += ["--update", str(self._checkpoints[case.update])]
         if case.ranks > self._gpus:
             command.append("--shared-gpu")
         return command

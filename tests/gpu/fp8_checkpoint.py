@@ -126,5 +126,19 @@ def dequantize_blocks(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
     return weight.float() * scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :cols]
 
 
+@dataclass(frozen=True)
+class Twin(BlockModel):
+    """The FP8 checkpoint's values, rounded to its blocks, in BF16."""
+
+    fp8: bool = False
+
+    def _stored(self, generator: torch.Generator, dtype: torch.dtype) -> Named:
+        for name, tensor in self._tensors(generator):
+            if "_proj" in name and tensor.ndim == 2:
+                yield name, dequantize_blocks(*quantize_blocks(tensor)).to(dtype)
+            else:
+                yield name, tensor if name.endswith("e_score_correction_bias") else tensor.to(dtype)
+
+
 if __name__ == "__main__":
     print(BlockModel().write(Path(sys.argv[1])))

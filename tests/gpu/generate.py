@@ -1,9 +1,10 @@
 """Starts one vLLM engine, generates greedily, one prompt at a time, and saves the logits of every step.
 
-    generate.py FOLDER RESULT [--tp N] [--ep] [--shared-gpu] [--engine JSON]
+    generate.py FOLDER RESULT [--tp N] [--ep] [--shared-gpu] [--engine JSON] [--update FOLDER]
 
 RESULT.json holds tokens, timings and what each rank looks like inside; RESULT.npz the logits, [prompt, step, token].
-One prompt at a time, because the batch's size picks kernels: with requests that arrive together it would vary by run.
+With --update the running engine is given another checkpoint's weights before it generates. One prompt at a time,
+because the batch's size picks kernels: with requests that arrive together it would vary by run.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def main() -> None:
     start = time.monotonic()
     llm = vllm.LLM(**_engine(options, vocabulary))
     started = time.monotonic()
+    if options.update:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(options.update)})
     tokens, logits = _generate(llm, vllm.SamplingParams, vocabulary)
     result = {
         "vllm": vllm.__version__,
@@ -61,6 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--ep", action="store_true")
     parser.add_argument("--shared-gpu", action="store_true")
     parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON")
+    parser.add_argument("--update", type=Path)
     return parser.parse_args()
 
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs tests/gpu/test_sglang.py on a GPU machine without internet: unpacks an SGLang that was brought along, starts pytest.
+# Runs tests/gpu/test_sglang*.py on a GPU machine without internet: unpacks an SGLang that was brought along, starts pytest.
 #
 #   KIT=DIR OUT=DIR tests/gpu/run_sglang.sh [PYTEST ARGUMENTS]
 #
@@ -45,7 +45,7 @@ export CUDA_HOME=${CUDA_HOME:-$(dirname "$(dirname "$(readlink -f "$(command -v 
 python3 -c 'import importlib.metadata as m, ep2tp
 print("sglang", m.version("sglang"), "ep2tp", ep2tp.__file__, [e.value for e in m.entry_points(group="sglang.srt.plugins")])'
 
-timeout -k 10 "${SECONDS_FOR_TESTS:-420}" python3 -m pytest "$repo/tests/gpu/test_sglang.py" -m gpu -s -rA --tb=short \
+timeout -k 10 "${SECONDS_FOR_TESTS:-420}" python3 -m pytest "$repo"/tests/gpu/test_sglang*.py -m gpu -s -rA --tb=short \
   -p no:cacheprovider --junitxml="$OUT/junit.xml" "$@" 2>&1 | tee "$OUT/pytest.log"
 status=$?
 cp "$GPU_TEST_LOGS"/figures.jsonl "$OUT" 2>/dev/null

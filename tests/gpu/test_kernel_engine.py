@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +20,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
 from engines import Case, Engines, agreement
-from fp8_checkpoint import BlockModel, Named, dequantize_blocks, quantize_blocks
+from fp8_checkpoint import BlockModel, Twin
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-
-
-@dataclass(frozen=True)
-class Twin(BlockModel):
-    """The FP8 checkpoint's values in BF16."""
-
-    fp8: bool = False
-
-    def _stored(self, generator: torch.Generator, dtype: torch.dtype) -> Named:
-        for name, tensor in self._tensors(generator):
-            if "_proj" in name and tensor.ndim == 2:
-                yield name, dequantize_blocks(*quantize_blocks(tensor)).to(dtype)
-            else:
-                yield name, tensor if name.endswith("e_score_correction_bias") else tensor.to(dtype)
 
 
 CHECKPOINTS = {"fp8": BlockModel(dense_size=2816), "twin": Twin(dense_size=2816)}

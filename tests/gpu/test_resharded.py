@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,16 @@ pytest.importorskip("vllm")
 
 from engines import NO_PLUGINS, Case, Engines, agreement
 from fp8_checkpoint import BlockModel
-from generate import STEPS, prompts
+from generate import prompts
+from recall_blocks import RecallBlockModel, right_tokens
 
 from ep2tp.checkpoint.reshard import reshard
-from tests.recall import Recall
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-@dataclass(frozen=True)
-class RecallBlockModel(Recall, BlockModel):
-    """The table in FP8 blocks."""
-
-    vocabulary: int = 1024
-
-
 RECALL = RecallBlockModel()
+GIVEN = prompts(RECALL.vocabulary)
 MODELS = {"recall": RECALL, "random": BlockModel(), "random_stored": BlockModel(stored_for=2)}
 CASES = [
     Case("recall_one_rank", "recall", ep2tp=NO_PLUGINS),
@@ -66,30 +59,17 @@ def wrong_scales(source: Path, folder: Path) -> None:
     (folder / "config.json").write_bytes((source / "config.json").read_bytes())
 
 
-def right_tokens(run: Any) -> float:
-    """The share of tokens that are the answer to the token before them."""
-    answer = RECALL.answer().tolist()
-    given = [prompt[-1] for prompt in prompts(RECALL.vocabulary)]
-    pairs = [
-        (answer[before], token)
-        for first, tokens in zip(given, run.facts["tokens"], strict=True)
-        for before, token in zip([first, *tokens], tokens, strict=False)
-    ]
-    assert len(pairs) == len(given) * STEPS
-    return sum(expected == token for expected, token in pairs) / len(pairs)
-
-
 @pytest.mark.parametrize("case", ["recall_resharded", "recall_ranks", "recall_ep2tp"])
 def test_tokens_of_one_rank(engines: Engines, note: Any, case: str) -> None:
     one_rank, run = engines["recall_one_rank"], engines[case]
-    note(case=case, agreement=str(agreement(one_rank, run)), right=right_tokens(run))
-    assert right_tokens(one_rank) == 1
+    note(case=case, agreement=str(agreement(one_rank, run)), right=right_tokens(run, RECALL, GIVEN))
+    assert right_tokens(one_rank, RECALL, GIVEN) == 1
     assert run.facts["tokens"] == one_rank.facts["tokens"]
 
 
 def test_wrong_scales_give_other_tokens(engines: Engines, note: Any) -> None:
     """The test above can fail."""
-    right = right_tokens(engines["recall_wrong_scales"])
+    right = right_tokens(engines["recall_wrong_scales"], RECALL, GIVEN)
     note(right=right)
     assert right < 0.9
 

@@ -8,15 +8,9 @@ rounds, and the stock engine's distance is the floor.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,80 +20,28 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("sglang")
 
 from fp8_checkpoint import BlockModel
-
-from ep2tp.demo.launch import run_logged
+from sglang_engines import Case, Engines, Run, distance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
-HERE = Path(__file__).parent
-JOBS = int(os.environ.get("GPU_TEST_JOBS", "3"))
-ONE_ENGINE = 200.0  # seconds; the first one builds kernels
 CHECKPOINTS = {"fp8": BlockModel(), "fp8_stored": BlockModel(stored_for=2), "bf16": BlockModel(fp8=False)}
 EP: dict[str, Any] = {"tp_size": 2, "ep_size": 2}
 DEEPEP: dict[str, Any] = {"tp_size": 2, "moe_a2a_backend": "deepep", "enable_dp_attention": True, "dp_size": 2}
 TP: dict[str, Any] = {"tp_size": 2}
-# name: checkpoint, engine arguments, EP2TP
-CASES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "fp8_one_rank": ("fp8", {}, "off"),
-    "fp8_ep2tp_ep": ("fp8", EP, "on"),
-    "fp8_ep2tp_deepep": ("fp8", DEEPEP, "on"),
-    "fp8_stored": ("fp8_stored", TP, "off"),
-    "fp8_stock_tp": ("fp8", TP, "off"),
-    "fp8_stored_one_rank": ("fp8_stored", {}, "off"),
-    "bf16_one_rank": ("bf16", {}, "off"),
-    "bf16_ep2tp_ep": ("bf16", EP, "on"),
-    "bf16_ep2tp_deepep": ("bf16", DEEPEP, "on"),
-    "bf16_stock_tp": ("bf16", TP, "off"),
-    "bf16_stock_deepep": ("bf16", DEEPEP, "off"),
-}
+CASES = [
+    Case("fp8_one_rank", "fp8"),
+    Case("fp8_ep2tp_ep", "fp8", EP, "on"),
+    Case("fp8_ep2tp_deepep", "fp8", DEEPEP, "on"),
+    Case("fp8_stored", "fp8_stored", TP),
+    Case("fp8_stock_tp", "fp8", TP),
+    Case("fp8_stored_one_rank", "fp8_stored"),
+    Case("bf16_one_rank", "bf16", gpu=1),
+    Case("bf16_ep2tp_ep", "bf16", EP, "on"),
+    Case("bf16_ep2tp_deepep", "bf16", DEEPEP, "on"),
+    Case("bf16_stock_tp", "bf16", TP),
+    Case("bf16_stock_deepep", "bf16", DEEPEP),
+]
 REWRITTEN = ["fp8_ep2tp_ep", "fp8_ep2tp_deepep", "bf16_ep2tp_ep", "bf16_ep2tp_deepep"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What came of a case."""
-
-    name: str
-    status: int
-    log: str
-    result: Path
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        """Tokens, log-probabilities, and what the server was resolved to."""
-        assert self.status == 0, f"{self.name} failed ({self.status}):\n{self.log[-4000:]}"
-        return dict(json.loads(self.result.read_text()))
-
-
-class Engines:
-    """Starts the cases that fit this machine in order, the first one alone, and then some at a time."""
-
-    def __init__(self, folder: Path, logs: Path) -> None:
-        self.folder, self.logs = folder, logs
-        gpus = torch.cuda.device_count()
-        fitting = [name for name, (_, options, _) in CASES.items() if options.get("tp_size", 1) <= gpus]
-        first, *rest = fitting
-        self.runs: dict[str, Future[Run]] = {first: Future()}
-        self.runs[first].set_result(self.run(first))  # builds the kernels
-        self.pool = ThreadPoolExecutor(JOBS)
-        self.runs |= {name: self.pool.submit(self.run, name) for name in rest}
-
-    def __getitem__(self, name: str) -> Run:
-        if name not in self.runs:
-            pytest.skip("needs two GPUs")
-        return self.runs[name].result()
-
-    def run(self, name: str) -> Run:
-        checkpoint, options, mode = CASES[name]
-        result, log = self.logs / f"{name}.json", self.logs / f"{name}.log"
-        place = {"base_gpu_id": 1} if name == "bf16_one_rank" and torch.cuda.device_count() > 1 else {}
-        port = {"port": 31000 + 200 * list(CASES).index(name)}
-        command = [sys.executable, str(HERE / "sglang_generate.py"), str(self.folder / checkpoint), str(result)]
-        command += ["--engine", json.dumps({**options, **place, **port, "dtype": "bfloat16"})]
-        status = run_logged(command, os.environ | {"EP2TP": mode, "PYTHONUNBUFFERED": "1"}, log, ONE_ENGINE)
-        if result.exists() and "GENERATED" in log.read_text(errors="replace"):
-            status = 0  # SGLang ends its own process group when it shuts down
-        return Run(name, status, log.read_text(errors="replace"), result)
 
 
 @pytest.fixture(scope="module")
@@ -107,30 +49,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory, out: Path) -> Iterator[Eng
     folder = tmp_path_factory.mktemp("checkpoints")
     for name, model in CHECKPOINTS.items():
         model.write(folder / name)
-    running = Engines(folder, out)
+    running = Engines(CASES, folder, out, first_port=31000)
     yield running
-    running.pool.shutdown(cancel_futures=True)
-
-
-def distance(a: Run, b: Run) -> dict[str, Any]:
-    """How near two runs are, over every step up to and including the first at which their tokens differ."""
-    differences, same, steps = [], [], 0
-    for prompt, (left, right) in enumerate(zip(a.facts["tokens"], b.facts["tokens"], strict=True)):
-        steps += len(left)
-        for step, (x, y) in enumerate(zip(left, right, strict=True)):
-            p, q = a.facts["logprobs"][prompt][step], b.facts["logprobs"][prompt][step]
-            differences += [abs(p[token] - q[token]) for token in p.keys() & q.keys()]
-            same.append(x == y and p == q)
-            if x != y:
-                break
-    return {
-        "a": a.name,
-        "b": b.name,
-        "identical": all(same) and len(same) == steps,
-        "same_tokens": a.facts["tokens"] == b.facts["tokens"],
-        "compared": f"{len(same)}/{steps}",
-        "mean_logprob_difference": sum(differences) / len(differences),
-    }
+    running.close()
 
 
 def compared(a: Run, b: Run, note: Any) -> dict[str, Any]:

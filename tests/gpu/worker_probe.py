@@ -29,6 +29,7 @@ class WorkerProbe:
         return {
             "rank": self.rank,
             "pid": os.getpid(),
+            "read_bytes": _bytes_from_disk(),
             "device": str(self.device),
             "backend": str(dist.get_backend()) if dist.is_initialized() else None,
             "expert_parallel_libraries": guard.mapped_libraries(),
@@ -44,6 +45,12 @@ class WorkerProbe:
 def _parallelism(moe_config: Any) -> str:
     parallel = moe_config.moe_parallel_config
     return f"use_ep={parallel.use_ep} tp={parallel.tp_size} ep={parallel.ep_size} dp={parallel.dp_size}"
+
+
+def _bytes_from_disk() -> int:
+    """What this process has read from disk so far, by the kernel's count, page faults included."""
+    [line] = [line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("read_bytes:")]
+    return int(line.split()[1])
 
 
 def _mapped(part: str) -> list[str]:
