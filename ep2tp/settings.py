@@ -77,6 +77,15 @@ class Settings:
             strict=strict == "1",
         )
 
+    def takes_kernel(self, is_rewritten: bool) -> bool:
+        """Whether ep2tp's kernel is put on a launch's layers where it fits and, with ``auto``, a table has it faster.
+
+        With ``auto`` that is in launches that ep2tp rewrote, and in all for which ep2tp was asked by ``EP2TP=on``.
+        """
+        if self.kernel is Kernel.AUTO:
+            return is_rewritten or self.mode is Mode.ON
+        return self.kernel is Kernel.EP2TP
+
 
 def _choice(kind: type[Choice], variable: str, value: str) -> Choice:
     try:

@@ -50,3 +50,20 @@ def test_unknown_values_are_refused_with_the_allowed_ones(variable: str, value: 
         Settings.from_environment({variable: value})
     assert allowed in str(caught.value)
     assert value in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kernel", "plain_launch", "rewritten_launch"),
+    [
+        ("auto", "auto", False, True),
+        ("on", "auto", True, True),
+        ("off", "auto", False, False),
+        ("auto", "ep2tp", True, True),
+        ("on", "engine", False, False),
+    ],
+)
+def test_which_launches_take_the_kernel(mode: str, kernel: str, plain_launch: bool, rewritten_launch: bool) -> None:
+    settings = Settings.from_environment({"EP2TP": mode, "EP2TP_KERNEL": kernel})
+    assert settings.takes_kernel(is_rewritten=False) is plain_launch
+    if mode != "off":  # which rewrites nothing
+        assert settings.takes_kernel(is_rewritten=True) is rewritten_launch

@@ -108,14 +108,12 @@ def this_device() -> Device:
     return Device(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 
 
-def is_wanted(kernel: Kernel, seam: Seam, logger: logging.Logger) -> bool:
-    """Whether layers are to be looked at: not with ``EP2TP_KERNEL=engine``, nor where ``seam`` does not hold.
+def seam_holds(seam: Seam, kernel: Kernel, logger: logging.Logger) -> bool:
+    """Whether this engine runs experts as ep2tp expects; logs why not.
 
     Raises:
         SeamError: ``EP2TP_KERNEL=ep2tp``, and this engine does not run experts as ep2tp expects.
     """
-    if kernel is Kernel.ENGINE:
-        return False
     if problem := seam.problem():
         if kernel is Kernel.EP2TP:
             raise SeamError(f"EP2TP_KERNEL=ep2tp: {problem}; EP2TP_KERNEL=auto uses the engine's kernel")

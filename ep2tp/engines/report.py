@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from ep2tp import __version__
-from ep2tp.settings import Kernel
+from ep2tp.settings import Kernel, Settings
 
 if TYPE_CHECKING:
     from ep2tp.engines.decision import Decision
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def log_launch(
-    logger: logging.Logger, decision: Decision, changes: list[Change], plan: ShardPlan | None, kernel: Kernel
+    logger: logging.Logger, decision: Decision, changes: list[Change], plan: ShardPlan | None, settings: Settings
 ) -> None:
     """Write the table of a launch that was changed or padded, or one line for a launch that was not."""
     from ep2tp.rewrite.report import launch_report
@@ -25,16 +25,18 @@ def log_launch(
     unchecked = plan is not None and bool(plan.unchecked)
     level = logging.WARNING if decision.is_warning or unchecked else logging.INFO
     if changes or unchecked or (plan is not None and (plan.is_padded or plan.left_to_engine)):
-        text = launch_report(title, changes, plan, _whose(kernel, bool(changes)))
+        text = launch_report(title, changes, plan, _whose(settings, bool(changes)))
     else:
         text = title + ("" if plan is None else "; nothing to pad")
     logger.log(level, "%s", text, stacklevel=2)  # the line names the plugin
 
 
-def _whose(kernel: Kernel, is_rewritten: bool) -> str:
-    """Whose kernel runs; by what a layer is stored as once it is loaded, which a worker logs, in a rewritten launch."""
-    if kernel is Kernel.EP2TP:
+def _whose(settings: Settings, is_rewritten: bool) -> str:
+    """Whose kernel runs. With ``auto`` it depends on how a layer is stored once it is loaded, which a worker logs."""
+    if settings.kernel is Kernel.EP2TP:
         return "ep2tp's (EP2TP_KERNEL=ep2tp)"
-    if kernel is Kernel.AUTO and is_rewritten:
+    if settings.takes_kernel(is_rewritten):
         return "the faster one (EP2TP_KERNEL=auto), see 'ep2tp kernel:' once the weights are loaded"
-    return f"the engine's (EP2TP_KERNEL={kernel})"
+    if settings.kernel is Kernel.AUTO:
+        return "the engine's (EP2TP_KERNEL=auto; the faster one in a rewritten launch, or with EP2TP=on)"
+    return "the engine's (EP2TP_KERNEL=engine)"

@@ -70,13 +70,14 @@ def test_speculation_with_an_mtp_layer_of_odd_size_runs(tiny_models: Path, one_r
     assert run.result["tokens"] == one_rank(MODELS["deepseek_v3 with MTP"])
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe"])
-def test_plain_tp_launch_with_odd_sizes_runs(name: str, tiny_models: Path, one_rank: OneRank) -> None:
-    run = engine_run(tiny_models, name, "auto", tensor_parallel_size=2)
+@pytest.mark.parametrize(("name", "mode"), [("deepseek_v3", "auto"), ("qwen3_moe", "on")])
+def test_plain_tp_launch_with_odd_sizes_runs(name: str, mode: str, tiny_models: Path, one_rank: OneRank) -> None:
+    run = engine_run(tiny_models, name, mode, tensor_parallel_size=2)
     assert_tensor_parallel(run, 2)
     assert run.result is not None
     assert run.result["tokens"] == one_rank(MODELS[name])
     assert "left the launch's parallelism as it is" in run.ep2tp_lines[0]
+    assert ("ep2tp kernel: 3 MoE layers" in run.log) == (mode == "on")
 
 
 def test_where_all_divides_only_one_log_line_is_added(tiny_models: Path) -> None:

@@ -271,6 +271,15 @@ def test_the_log_says_whose_kernel_runs(
     assert f"kernel: {whose}" in messages[0]
 
 
+@pytest.mark.parametrize(("mode", "whose"), [("on", "the faster one"), ("auto", "the engine's (EP2TP_KERNEL=auto;")])
+def test_a_plain_launch_takes_the_kernel_where_ep2tp_was_asked_for(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str], mode: str, whose: str
+) -> None:
+    monkeypatch.setenv("EP2TP", mode)
+    engine_config(tiny_model(tiny_models, ODD), tensor_parallel_size=2)
+    assert f"kernel: {whose}" in messages[0]
+
+
 def test_an_engine_whose_seams_changed_is_left_alone_with_a_warning(
     tiny_models: Path, monkeypatch: pytest.MonkeyPatch, messages: list[str]
 ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ep2tp.engines.kernel import Device, LayerKernel, is_wanted, put_on_layers, this_device
+from ep2tp.engines.kernel import Device, LayerKernel, put_on_layers, seam_holds, this_device
 from ep2tp.engines.loaded_experts import Experts, UnfitError, expert_weights
 from ep2tp.engines.sglang import seams
 from ep2tp.engines.sglang.experts import STANDARD_DISPATCHERS, moe_layers
@@ -23,14 +23,14 @@ def install(model: Any, kernel: Kernel, arguments: Any) -> None:
 
     Args:
         model: the ``torch.nn.Module`` that SGLang loaded.
-        kernel: ``EP2TP_KERNEL``; with ``engine`` nothing is done.
+        kernel: ``EP2TP_KERNEL``, which is not ``engine``.
         arguments: the worker's ``ServerArgs``: what it was resolved to counts, not what was asked for.
 
     Raises:
         LaunchError: ``EP2TP_KERNEL=ep2tp``, and a layer that ep2tp's kernel does not take.
         SeamError: ``EP2TP_KERNEL=ep2tp``, and this SGLang does not run experts as ep2tp expects.
     """
-    if not is_wanted(kernel, seams.KERNEL, logger):
+    if not seam_holds(seams.KERNEL, kernel, logger):
         return
     from ep2tp.engines.sglang.launch import resolved
 

@@ -75,7 +75,7 @@ def resolve(wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], k
         attach(instance, note)
     if instance.node_rank == 0 and (plan is not None or decision.asked):
         with _configured_log(instance.log_level):
-            log_launch(logger, decision, changes, plan, settings.kernel)
+            log_launch(logger, decision, changes, plan, settings)
     return result
 
 

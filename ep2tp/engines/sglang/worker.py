@@ -12,7 +12,7 @@ from ep2tp.engines.seams import Seam, Wrapper
 from ep2tp.engines.sglang import seams
 from ep2tp.errors import GuardError, SeamError
 from ep2tp.rewrite import guard
-from ep2tp.settings import Kernel, Mode, Settings
+from ep2tp.settings import Mode, Settings
 
 if TYPE_CHECKING:
     from ep2tp.engines.sglang.note import LaunchNote
@@ -115,7 +115,7 @@ def load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywor
         from ep2tp.engines.sglang import late
 
         late.report(instance, settings)
-    if settings.mode is not Mode.OFF and (settings.kernel is Kernel.EP2TP or state.is_rewritten):
+    if settings.mode is not Mode.OFF and settings.takes_kernel(state.is_rewritten):
         from ep2tp.engines.sglang import kernel
 
         kernel.install(instance.model, settings.kernel, instance.server_args)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ep2tp.engines.kernel import Device, LayerKernel, is_wanted, put_on_layers, this_device
+from ep2tp.engines.kernel import Device, LayerKernel, put_on_layers, seam_holds, this_device
 from ep2tp.engines.loaded_experts import Experts, UnfitError, expert_weights
 from ep2tp.engines.vllm import seams
 from ep2tp.settings import Kernel
@@ -32,13 +32,13 @@ def install(model: Any, kernel: Kernel) -> None:
 
     Args:
         model: the ``torch.nn.Module`` that vLLM loaded, its weights in the layout that their kernels take.
-        kernel: ``EP2TP_KERNEL``; with ``engine`` nothing is done.
+        kernel: ``EP2TP_KERNEL``, which is not ``engine``.
 
     Raises:
         LaunchError: ``EP2TP_KERNEL=ep2tp``, and a layer that ep2tp's kernel does not take.
         SeamError: ``EP2TP_KERNEL=ep2tp``, and this vLLM's kernels are not called as ep2tp expects.
     """
-    if not is_wanted(kernel, seams.KERNEL, logger):
+    if not seam_holds(seams.KERNEL, kernel, logger):
         return
     is_forced, device = kernel is Kernel.EP2TP, this_device()
     lines = put_on_layers(_layers(model), lambda layer: _put(layer, device, is_forced), kernel, logger)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ep2tp.engines.report import log_launch
 from ep2tp.engines.vllm import load_format, seams
 from ep2tp.rewrite import guard
-from ep2tp.settings import Kernel, Mode, Settings
+from ep2tp.settings import Mode, Settings
 
 if TYPE_CHECKING:
     from ep2tp.engines.decision import Decision
@@ -89,7 +89,7 @@ def _create_engine_config(wrapped: Wrapped, instance: Any, args: Positional, kwa
 
         plan = padding.pad(vllm_config, instance, settings, is_rewritten)
     if _is_reporter(instance) and (plan is not None or decision.asked):
-        log_launch(logger, decision, changes, plan, settings.kernel)
+        log_launch(logger, decision, changes, plan, settings)
     return vllm_config
 
 
@@ -123,11 +123,10 @@ def load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywor
         from ep2tp.engines.updates import pad_updates
 
         pad_updates(model, plan)
-    asked = settings.kernel
-    if asked is Kernel.EP2TP or guard.is_armed():
+    if model_config.is_moe and settings.takes_kernel(guard.is_armed()):
         from ep2tp.engines.vllm import kernel
 
-        kernel.install(model, asked)
+        kernel.install(model, settings.kernel)
     return model
 
 
