@@ -118,10 +118,12 @@ def plot(path: Path) -> None:
     found = json.loads(path.read_text())
     copy, dense = found["copy_bytes_per_s"], found["dense_flops"]
     shapes = list(dict.fromkeys(line["shape"] for line in found["lines"]))
-    rows = -(-len(shapes) // 5)
-    figure = Figure(figsize=(13, 0.9 + 2.4 * rows), layout="constrained")
-    panels = figure.subplots(rows, 5, sharex=True, sharey=True, squeeze=False).flat
-    for axes, shape in zip(panels, shapes, strict=False):
+    rows = -(-len(shapes) // 4)
+    figure = Figure(figsize=(11, 0.9 + 2.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, 4, sharex=True, sharey=True, squeeze=False).flat
+    for unused in list(panels)[len(shapes) :]:
+        unused.set_visible(False)
+    for axes, shape in zip(figure.axes, shapes, strict=False):
         for name, color in (("vllm", "#dd8452"), ("ep2tp", "#4c72b0")):
             lines = [r for r in found["lines"] if r["shape"] == shape and "seconds" in r.get(name, {})]
             roofs = [max(line["bytes"] / copy, line["operations"] / dense) for line in lines]
