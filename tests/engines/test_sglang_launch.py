@@ -557,6 +557,7 @@ def test_a_launch_that_was_resolved_before_plugins_were_loaded_is_noticed(
     config = SimpleNamespace(model_path=args.model_path)
     runner = SimpleNamespace(model=model, is_draft_worker=False, server_args=args, model_config=config)
     monkeypatch.setenv("EP2TP", mode)
+    monkeypatch.setenv("EP2TP_KERNEL", "engine")
     worker.load_model(lambda: None, runner, (), {})
     assert len(messages) == (mode != "off")
     assert all("load_plugins() before it makes a ServerArgs" in message for message in messages)

@@ -96,10 +96,10 @@ def load_weights(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keyw
 
 def load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywords) -> Any:
     """Around ``ModelRunner.load_model()``."""
+    from ep2tp.engines.sglang import experts
+
     result = wrapped(*args, **kwargs)
     if state.is_rewritten:
-        from ep2tp.engines.sglang import experts
-
         experts.audit(instance.model)
         for path in guard.mapped_libraries():
             logger.info("ep2tp: %s is mapped, because SGLang imports it before plugins run; it gets no buffer", path)
@@ -115,7 +115,8 @@ def load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywor
         from ep2tp.engines.sglang import late
 
         late.report(instance, settings)
-    if settings.mode is not Mode.OFF and settings.takes_kernel(state.is_rewritten):
+    is_moe = state.is_rewritten or bool(experts.moe_layers(instance.model))
+    if settings.mode is not Mode.OFF and is_moe and settings.takes_kernel(state.is_rewritten):
         from ep2tp.engines.sglang import kernel
 
         kernel.install(instance.model, settings.kernel, instance.server_args)
