@@ -35,6 +35,13 @@ tokens and link `{LINK}`; none was measured. How the figures come about: [planni
 
     ep2tp plan MODEL --gpus 4 --gpu 'RTX PRO 6000' --link pcie5 --context 32768
 
+**Run [`ep2tp doctor`](../../doctor.md) first.** The commands are for machines on which it proves peer-to-peer copies
+(P2P) between the GPUs; `NCCL_P2P_LEVEL=SYS` lets NCCL use them. On any other machine put `NCCL_P2P_DISABLE=1` in its
+place and add `--disable-custom-all-reduce`, in vLLM and in SGLang: `ep2tp plan --link host` prints the commands so.
+Some drivers report P2P that does not work (two RTX PRO 6000:
+[nccl#1999](https://github.com/NVIDIA/nccl/issues/1999)). There the commands below hang in their first all_reduce, or
+serve garbage.
+
 The tables show plain tensor parallelism: GB of weights a GPU, how much ep2tp's padding adds to the MLP weights, and for
 each kind of GPU how many sequences of {CONTEXT:,} tokens fit beside the weights ("no": the weights and one sequence do
 not fit). A published recipe with expert parallelism runs as these commands do, without being edited, once ep2tp is

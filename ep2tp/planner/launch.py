@@ -45,7 +45,8 @@ def nccl_settings(link: Link) -> tuple[dict[str, str], list[str], str]:
         has_no_peers = measured.get("NCCL_P2P_DISABLE", "0") != "0" or measured.get("NCCL_P2P_LEVEL") in ("0", "LOC")
         return measured, no_custom if has_no_peers else [], "the variables of the measured profile" if measured else ""
     if link.name in ("pcie4", "pcie5"):
-        return {"NCCL_P2P_LEVEL": "SYS"}, [], "peer to peer across PCIe root ports; drop it if bytes do not arrive"
+        note = "peer to peer across PCIe root ports, where ep2tp doctor proves it; elsewhere plan with --link host"
+        return {"NCCL_P2P_LEVEL": "SYS"}, [], note
     if link.name == "host":
         return {"NCCL_P2P_DISABLE": "1"}, no_custom, "no peer to peer: NCCL stages through host memory"
     if link.name == "socket":

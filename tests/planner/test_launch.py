@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_ep2tp_does_not_pad_a_plan_with_whole_experts_but_reshard_does() -> None
     for launch in launches(question, plans["TP 8"]).values():
         assert launch.environment["EP2TP"] == "on"
         assert launch.command
+
+
+@pytest.mark.parametrize(
+    ("link", "variable", "has_custom"), [("pcie5", "NCCL_P2P_LEVEL=SYS", True), ("host", "NCCL_P2P_DISABLE=1", False)]
+)
+def test_a_link_without_peers_turns_them_off_in_both_engines(link: str, variable: str, has_custom: bool) -> None:
+    question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 2, link=link)
+    for launch in launches(question, plans["TP 2"]).values():
+        assert re.findall(r"NCCL_\S+", str(launch)) == [variable]
+        assert ("--disable-custom-all-reduce" not in launch.command) == has_custom
 
 
 def test_a_profile_gives_the_variables_that_it_was_measured_with(tmp_path: Path) -> None:
