@@ -12,7 +12,7 @@ from ep2tp.planner.compare import Assessment, Question
 from ep2tp.planner.divisibility import Behaviour
 from ep2tp.planner.layouts import Layout
 from ep2tp.planner.links import Link
-from ep2tp.planner.memory import growth, shard_plan
+from ep2tp.planner.memory import growth, shard_plan, usable_share
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def _sglang(question: Question, assessed: Assessment) -> Launch:
         "TPxEP": ["--tp-size", ranks, "--ep-size", str(layout.ep)],
     }[layout.plan]
     context = ["--context-length", str(min(question.context, longest_context(question)))]
-    command = ("sglang", "serve", "--model-path", model, *_revision(question), *sizes, *context, *flags)
+    # SGLang's own default leaves more room for activations, so that on a tight fit none is left for the cache.
+    memory = ["--mem-fraction-static", f"{usable_share(question.gpu.memory_gb):.2f}"]
+    command = ("sglang", "serve", "--model-path", model, *_revision(question), *sizes, *context, *memory, *flags)
     return Launch(_mode(assessed) | variables, command, _note(assessed, note))
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from ep2tp.errors import SettingError
 from ep2tp.planner.advise import advise
 from ep2tp.planner.launch import launches
+from ep2tp.planner.memory import GB, usable_bytes
 from ep2tp.planner.profile import find_link, write_profile
 from ep2tp.planner.report import print_report
 from tests.planner.models import assessed
@@ -100,6 +101,17 @@ def test_a_launch_has_no_longer_context_than_the_model(context: int, launched: i
         assert launch.command[launch.command.index(flag) + 1] == str(launched)
     said = [reason for reason in found.reasons if "max_position_embeddings" in reason]
     assert len(said) == (context > launched)
+
+
+@pytest.mark.parametrize("plan", ["TP 8", "TEP 8", "DEP 8", "TPxPP 4x2", "TPxEP 4x2"])
+@pytest.mark.parametrize(("gpu", "share"), [("RTX PRO 6000", "0.88"), ("RTX 5090", "0.84"), ("H200", "0.88")])
+def test_sglang_is_given_the_memory_that_the_planner_counts(plan: str, gpu: str, share: str) -> None:
+    question, plans = assessed("Qwen3-30B-A3B", "bf16", 8, gpu)
+    found = launches(question, plans[plan])
+    command = found["sglang"].command
+    assert command[command.index("--mem-fraction-static") + 1] == share
+    assert "--mem-fraction-static" not in found["vllm"].command
+    assert float(share) <= usable_bytes(question.gpu.memory_gb) / (question.gpu.memory_gb * GB) < float(share) + 0.01
 
 
 def test_a_revision_is_part_of_the_launch() -> None:
