@@ -92,7 +92,7 @@ def _checkpoint(served: Served, checkpoint: Checkpoint) -> Iterator[str]:
     for gpus in SIZES:
         _, _, tp, _ = _ask(served, checkpoint, gpus, EXAMPLE)
         if tp.blockers:
-            yield f"{gpus} GPUs: {tp.blockers[0]}; nothing pads those, whatever the GPU."
+            yield f"{gpus} GPUs: {tp.blockers[0]}, whatever the GPU; ep2tp does not pad those."
     fitting = [asked for gpus in SIZES if (asked := _ask(served, checkpoint, gpus, EXAMPLE))[2].runs]
     if not fitting:
         yield (
