@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 from docs.generate.markdown import table
 from docs.generate.published import PAGES, Checkpoint, Served
@@ -46,6 +47,14 @@ The tables show plain tensor parallelism: GB of weights a GPU, how much ep2tp's 
 each kind of GPU how many sequences of {CONTEXT:,} tokens fit beside the weights ("no": the weights and one sequence do
 not fit). A published recipe with expert parallelism runs as these commands do, without being edited, once ep2tp is
 installed and `EP2TP` is `auto` (without NVLink) or `on`."""
+
+
+class Answer(NamedTuple):
+    """What the planner says of a checkpoint on some GPUs; ``tp`` is plain tensor parallelism."""
+
+    question: Question
+    tp: Assessment
+    verdict: Verdict
 
 
 def pages() -> dict[str, str]:
@@ -89,11 +98,9 @@ def _checkpoint(served: Served, checkpoint: Checkpoint) -> Iterator[str]:
         [_row(served, checkpoint, gpus) for gpus in SIZES],
         range(1, 3 + len(GPUS)),
     )
-    for gpus in SIZES:
-        _, _, tp, _ = _ask(served, checkpoint, gpus, EXAMPLE)
-        if tp.blockers:
-            yield f"{gpus} GPUs: {tp.blockers[0]}, whatever the GPU; ep2tp does not pad those."
-    fitting = [asked for gpus in SIZES if (asked := _ask(served, checkpoint, gpus, EXAMPLE))[2].runs]
+    asked = [_ask(served, checkpoint, gpus, EXAMPLE) for gpus in SIZES]
+    yield from _blocked(asked)
+    fitting = [answer for answer in asked if answer.tp.runs]
     if not fitting:
         yield (
             f"Tensor parallelism does not run on {SIZES[0]} to {SIZES[-1]} {EXAMPLE}: more GPUs, or "
@@ -101,24 +108,29 @@ def _checkpoint(served: Served, checkpoint: Checkpoint) -> Iterator[str]:
         )
         return
     yield _commands(fitting)
-    yield from _notes(fitting)
+    yield from _notes(asked)
+
+
+def _blocked(asked: list[Answer]) -> Iterator[str]:
+    for question, tp, verdict in asked:
+        if tp.blockers:
+            runs = f"; {verdict.best.layout} runs" if verdict.best else ""
+            yield f"{question.gpus} GPUs: {tp.blockers[0]}, whatever the GPU, and ep2tp does not pad those{runs}."
 
 
 @cache
-def _ask(
-    served: Served, checkpoint: Checkpoint, gpus: int, gpu: str
-) -> tuple[Question, list[Assessment], Assessment, Verdict]:
+def _ask(served: Served, checkpoint: Checkpoint, gpus: int, gpu: str) -> Answer:
     facts, inventory = model(served.name, checkpoint.form)
     facts = replace(facts, source=checkpoint.hub or "MODEL")
     question = Question(facts, inventory, gpus, find_gpu(gpu), built_in()[LINK], context=CONTEXT)
     assessed = assess_all(question)
-    return question, assessed, next(a for a in assessed if a.layout.plan == "TP"), advise(question, assessed)
+    return Answer(question, next(a for a in assessed if a.layout.plan == "TP"), advise(question, assessed))
 
 
 def _row(served: Served, checkpoint: Checkpoint, gpus: int) -> tuple[str, ...]:
     fits = []
     for gpu in GPUS:
-        _, _, tp, _ = _ask(served, checkpoint, gpus, gpu)
+        tp = _ask(served, checkpoint, gpus, gpu).tp
         fits.append(f"{tp.sequences:,}" if tp.runs else "no")
     if tp.blockers:
         return (str(gpus), "—", "—", *["no"] * len(GPUS))
@@ -126,12 +138,12 @@ def _row(served: Served, checkpoint: Checkpoint, gpus: int) -> tuple[str, ...]:
     return (str(gpus), f"{tp.weights.total / GB:.1f}", padding, *fits)
 
 
-def _commands(fitting: list[tuple[Question, list[Assessment], Assessment, Verdict]]) -> str:
+def _commands(fitting: list[Answer]) -> str:
     blocks = []
     for engine, name in (("vllm", "vLLM"), ("sglang", "SGLang")):
         lines = [
             f"    # {question.gpus} x {EXAMPLE}\n    {_wrapped(str(launches(question, tp)[engine]))}"
-            for question, _, tp, _ in fitting
+            for question, tp, _ in fitting
         ]
         body = "\n\n".join(lines)
         blocks.append(f'=== "{name}"\n\n    ```bash\n{body}\n    ```')
@@ -144,22 +156,31 @@ def _wrapped(command: str) -> str:
     return f"{head} \\\n        {flag.strip()}{tail}"
 
 
-def _notes(fitting: list[tuple[Question, list[Assessment], Assessment, Verdict]]) -> Iterator[str]:
-    facts = fitting[0][0].facts
+def _notes(asked: list[Answer]) -> Iterator[str]:
+    facts = asked[0].question.facts
     unread = [name for key, name in (("vllm", "vLLM"), ("sglang", "SGLang")) if key not in facts.family.checked]
     if unread:
         yield f"The model code of {unread[0]} was not compared with this patch."
     other = [
         f"{question.gpus} GPUs: {verdict.best.layout}"
-        for question, _, tp, verdict in fitting
-        if verdict.best is not None and verdict.best is not tp
+        for question, tp, verdict in asked
+        if tp.runs and verdict.best is not None and verdict.best is not tp
     ]
     if other:
-        batches = ", ".join(map(str, fitting[0][0].batches))
+        batches = ", ".join(map(str, asked[0].question.batches))
         yield (
             f"Over batches {batches}, the planner prefers another plan, for a shorter decode step or more room for "
             f"sequences, on {'; '.join(other)}: [choosing a plan](../choosing-a-plan.md)."
         )
+    wins = [
+        f"- {question.gpus} GPUs: {verdict.where_ep_wins}" for question, _, verdict in asked if verdict.where_ep_wins
+    ]
+    if wins:
+        yield (
+            "The planner's verdict also says where [expert parallelism is right](../../concepts/when-ep.md); with "
+            "`EP2TP=off` such a launch runs as given:"
+        )
+        yield "\n".join(wins)
 
 
 def _index() -> str:
@@ -192,6 +213,6 @@ where tensor parallelism does not: [choosing a plan](../choosing-a-plan.md).""".
 def _least(served: Served, checkpoint: Checkpoint) -> list[str]:
     found = []
     for gpu in GPUS:
-        runs = (gpus for gpus in SIZES if _ask(served, checkpoint, gpus, gpu)[2].runs)
+        runs = (gpus for gpus in SIZES if _ask(served, checkpoint, gpus, gpu).tp.runs)
         found.append(str(next(runs, "—")))
     return found

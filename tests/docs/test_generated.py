@@ -47,6 +47,13 @@ def test_the_serving_pages_cover_every_model_that_the_planner_knows() -> None:
     assert served | set(same_shape) == set(MODELS)
 
 
+def test_the_serving_pages_say_where_expert_parallelism_is_the_better_plan() -> None:
+    page = (ROOT / "docs/guides/serving/glm.md").read_text(encoding="utf-8")
+    _, _, flash = page.partition("## GLM-4.7-Flash")
+    assert "- 2 GPUs: Expert parallelism is the better plan at batch 64 (DEP 2)" in flash
+    assert "(../../concepts/when-ep.md)" in flash
+
+
 def test_the_readme_names_every_patch() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [family.title for family in load_families().values() if family.title not in readme] == []
