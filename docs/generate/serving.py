@@ -10,24 +10,26 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-from docs.generate.markdown import table
+from docs.generate.markdown import listed, table
 from docs.generate.published import PAGES, Checkpoint, Served
 from ep2tp.planner.advise import Verdict, advise
 from ep2tp.planner.compare import Assessment, Question, assess_all
 from ep2tp.planner.gpus import find_gpu
 from ep2tp.planner.launch import launches
 from ep2tp.planner.links import built_in
-from ep2tp.planner.memory import GB
+from ep2tp.planner.memory import GB, usable_bytes
 from tests.planner.models import model
 
 SIZES = (2, 4, 8)
-GPUS = {
-    "RTX 5090": "5090, 32&nbsp;GB",
-    "L40S": "L40S, 48&nbsp;GB",
-    "A100 80GB PCIe": "A100, 80&nbsp;GB",
-    "RTX PRO 6000": "PRO 6000, 96&nbsp;GB",
-}
 EXAMPLE = "RTX PRO 6000"
+GPUS = {EXAMPLE: "PRO 6000", "RTX 5090": "5090", "L40S": "L40S", "A100 80GB PCIe": "A100"}
+HEADERS = [f"{short}, {find_gpu(name).memory_gb:.0f}&nbsp;GB" for name, short in GPUS.items()]
+MEMORY = find_gpu(EXAMPLE).memory_gb
+USABLE = f"{usable_bytes(MEMORY) / GB:.1f}"
+UNIT = (
+    f"GB are 1e9 bytes, also in the names of the columns: the 96 GB by which NVIDIA names the {EXAMPLE} are\n"
+    f"{MEMORY:.0f} of these, of which {USABLE} are counted as usable (90% less 2 GB)."
+)
 LINK = "pcie5"
 CONTEXT = 8192
 HOW = f"""
@@ -45,8 +47,10 @@ serve garbage.
 
 The tables show plain tensor parallelism: GB of weights a GPU, how much ep2tp's padding adds to the MLP weights, and for
 each kind of GPU how many sequences of {CONTEXT:,} tokens fit beside the weights ("no": the weights and one sequence do
-not fit). A published recipe with expert parallelism runs as these commands do, without being edited, once ep2tp is
-installed and `EP2TP` is `auto` (without NVLink) or `on`."""
+not fit). {UNIT}
+
+A published recipe with expert parallelism runs as these commands do, without being edited, once ep2tp is installed and
+`EP2TP` is `auto` (without NVLink) or `on`."""
 
 
 class Answer(NamedTuple):
@@ -87,28 +91,35 @@ def _model(served: Served) -> Iterator[str]:
 
 
 def _checkpoint(served: Served, checkpoint: Checkpoint) -> Iterator[str]:
-    name = f"`{checkpoint.hub}`" if checkpoint.hub else "any checkpoint in this format"
-    _, inventory = model(served.name, checkpoint.form)
-    facts, _ = model(served.name, checkpoint.form)
+    facts, inventory = model(served.name, checkpoint.form)
     if len(served.checkpoints) > 1:
         yield f"### {served.title}, {checkpoint.form}"
-    yield f"{name}, {checkpoint.form}: {inventory.total(facts) / GB:.1f} GB of weights."
+    yield _named(checkpoint, f"{inventory.total(facts) / GB:.1f} GB of weights")
     yield table(
-        ("GPUs", "GB a GPU", "padding", *GPUS.values()),
+        ("GPUs", "GB a GPU", "padding", *HEADERS),
         [_row(served, checkpoint, gpus) for gpus in SIZES],
         range(1, 3 + len(GPUS)),
     )
     asked = [_ask(served, checkpoint, gpus, EXAMPLE) for gpus in SIZES]
     yield from _blocked(asked)
+    yield from _too_large(asked)
     fitting = [answer for answer in asked if answer.tp.runs]
     if not fitting:
-        yield (
-            f"Tensor parallelism does not run on {SIZES[0]} to {SIZES[-1]} {EXAMPLE}: more GPUs, or "
-            "[several machines](../multi-node.md)."
-        )
+        yield "Tensor parallelism needs more GPUs, or [several machines](../multi-node.md)."
         return
     yield _commands(fitting)
     yield from _notes(asked)
+
+
+def _named(checkpoint: Checkpoint, size: str) -> str:
+    others = listed(f"`{hub}`" for hub in checkpoint.others) if checkpoint.others else ""
+    if checkpoint.hub == "MODEL":
+        return (
+            f"{checkpoint.form}, such as {others}: {size} with all but the routed experts in BF16. Put yours in the "
+            "place of MODEL; `ep2tp plan` counts it as it is."
+        )
+    more = f" {others}: the same shape and format." if others else ""
+    return f"`{checkpoint.hub}`, {checkpoint.form}: {size}.{more}"
 
 
 def _blocked(asked: list[Answer]) -> Iterator[str]:
@@ -118,10 +129,23 @@ def _blocked(asked: list[Answer]) -> Iterator[str]:
             yield f"{question.gpus} GPUs: {tp.blockers[0]}, whatever the GPU, and ep2tp does not pad those{runs}."
 
 
+def _too_large(asked: list[Answer]) -> Iterator[str]:
+    needs = {
+        str(question.gpus): f"{(tp.weights.total + tp.cache) / GB:.1f}"
+        for question, tp, _ in asked
+        if not (tp.blockers or tp.fits)
+    }
+    if needs:
+        yield (
+            f"{listed(needs)} x {EXAMPLE}: does not fit; weights and one sequence are {listed(needs.values())} GB a "
+            f"GPU, of {USABLE} usable."
+        )
+
+
 @cache
 def _ask(served: Served, checkpoint: Checkpoint, gpus: int, gpu: str) -> Answer:
     facts, inventory = model(served.name, checkpoint.form)
-    facts = replace(facts, source=checkpoint.hub or "MODEL")
+    facts = replace(facts, source=checkpoint.hub)
     question = Question(facts, inventory, gpus, find_gpu(gpu), built_in()[LINK], context=CONTEXT)
     assessed = assess_all(question)
     return Answer(question, next(a for a in assessed if a.layout.plan == "TP"), advise(question, assessed))
@@ -198,8 +222,9 @@ def _index() -> str:
                 + f"""
 The fewest GPUs of a machine, of 2, 4 and 8, on which a model runs with plain tensor parallelism, by kind of GPU:
 weights, and one sequence of {CONTEXT:,} tokens. "—": not on 8. **Computed** by the planner from each model's
-`config.json`, not measured; the pages have the weights a GPU, the sequences that fit, and the commands.""",
-                table(("model", "format", *GPUS.values()), rows, range(2, 2 + len(GPUS))),
+`config.json`, not measured; the pages have the weights a GPU, the sequences that fit, and the commands.
+{UNIT}""",
+                table(("model", "format", *HEADERS), rows, range(2, 2 + len(GPUS))),
                 """
 Models that are not listed: `ep2tp plan MODEL --gpus N --gpu NAME` answers for every family of the
 [supported models](../../reference/support.md), from the checkpoint itself. A plan with pipeline stages sometimes fits
