@@ -37,7 +37,7 @@ def main() -> None:
 
 
 @main.command(short_help="List the model families that ep2tp knows; show a model's slices.")
-@click.option("--model", metavar="MODEL", help="Folder, config.json, or hub id in the local cache.")
+@click.option("--model", metavar="MODEL", help="Folder, config.json, or hub id (its config alone is fetched).")
 @click.option("--tp", type=click.IntRange(1), help="With --model: show the slices over this many ranks.")
 def patches(model: str | None, tp: int | None) -> None:
     """List the model families that ep2tp knows, whom each patch matches, and why."""
@@ -45,12 +45,11 @@ def patches(model: str | None, tp: int | None) -> None:
     from ep2tp.model.families import load_families
     from ep2tp.settings import Settings
 
-    settings = Settings.from_environment()
-    families = load_families(settings.patches, settings.patch_path)
-    if model is None:
-        listing.print_families(families)
+    if model is not None:
+        listing.print_model(model, tp)
     else:
-        listing.print_model(model, families, tp)
+        settings = Settings.from_environment()
+        listing.print_families(load_families(settings.patches, settings.patch_path))
 
 
 @main.command(

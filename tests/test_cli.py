@@ -75,7 +75,7 @@ def test_rewrite_says_where_the_plugin_is_needed(model: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["patches", "--model", "/nowhere"], "/nowhere: not a checkpoint folder"),
+        (["patches", "--model", "/nowhere"], "/nowhere: no such file or folder"),
         (["rewrite", "--", "ls"], "starts neither vLLM nor SGLang"),
     ],
 )

@@ -14,6 +14,7 @@ from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import Family, load_families
 from ep2tp.model.locate import find_facts
 from ep2tp.model.sharding import plan_shards
+from ep2tp.planner.source import load_facts
 from ep2tp.rewrite.parallel_plan import Change
 from ep2tp.rewrite.report import change_rows, padding_rows
 from ep2tp.settings import Settings
@@ -33,13 +34,13 @@ def print_families(families: Mapping[str, Family]) -> None:
     Console(highlight=False).print(table)
 
 
-def print_model(model: str, families: Mapping[str, Family], ranks: int | None) -> None:
+def print_model(model: str, ranks: int | None) -> None:
     """Which patch a model gets and why, how its MLPs are stored, and with ``ranks`` how they are sliced.
 
     Raises:
-        ModelError, PatchError: the model cannot be read, or no patch matches.
+        ModelError, PatchError, CheckpointError: the model cannot be read, or no patch matches.
     """
-    facts = find_facts(model, families)
+    facts = load_facts(model)
     console = Console(markup=False, highlight=False)  # names have brackets
     console.print(f"{model}: patch {facts.family.name} ({facts.family.title}), by {facts.matched_by}")
     console.print(f"{facts.experts} experts, top {facts.top_k}")

@@ -25,6 +25,8 @@ class Verdict:
         reasons: sentences, the most important first.
         ep_is_better: whether a plan with whole experts is clearly the fastest at some batch, or alone holds it.
         ep_is_unavoidable: whether only plans with whole experts run.
+        where_ep_wins: the reason that says at which batches a plan with whole experts is the better one, those asked
+            for or larger ones; empty where at none.
         commands: launches of the best plan, by engine.
     """
 
@@ -33,6 +35,7 @@ class Verdict:
     reasons: tuple[str, ...]
     ep_is_better: bool
     ep_is_unavoidable: bool
+    where_ep_wins: str
     commands: dict[str, Launch]
 
 
@@ -41,7 +44,7 @@ def advise(question: Question, assessed: Sequence[Assessment]) -> Verdict:
     running = [a for a in assessed if a.runs]
     by_batch = {batch: fastest(running, batch) for batch in question.batches}
     if not running:
-        return Verdict(None, by_batch, tuple(_nothing_runs(question, assessed)), False, False, {})
+        return Verdict(None, by_batch, tuple(_nothing_runs(question, assessed)), False, False, "", {})
     best = best_plan(question, running)
     unavoidable = all(a.layout.plan in whole_experts.PLANS for a in running)
     won = whole_experts.batches_won(question, running)
@@ -49,12 +52,13 @@ def advise(question: Question, assessed: Sequence[Assessment]) -> Verdict:
     reasons += headline(question, running, best)
     reasons += _context(question)
     reasons += _comparison(question, running, best)
-    reasons += whole_experts.where_they_win(question, running, won)
+    where_ep_wins = whole_experts.where_they_win(question, running, won)
+    reasons += [where_ep_wins] if where_ep_wins else whole_experts.where_they_do_not(question, running)
     reasons += _what_does_not_run(question, assessed)
     reasons += _padding(question, best)
     commands = launches(question, best)
     reasons += _one_node(question, commands)
-    return Verdict(best, by_batch, tuple(reasons), bool(won), unavoidable, commands)
+    return Verdict(best, by_batch, tuple(reasons), bool(won), unavoidable, where_ep_wins, commands)
 
 
 def _context(question: Question) -> list[str]:

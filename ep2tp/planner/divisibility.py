@@ -41,8 +41,8 @@ def blockers(facts: ModelFacts, layout: Layout) -> list[str]:
     found = []
     limits = Limits(facts.heads, facts.kv_heads, facts.vocabulary)
     ranks = layout.attention_ranks
-    if not limits.allow(ranks):
-        found.append(f"{limits} do not all divide over {ranks} ranks")
+    if uneven := limits.uneven(ranks):
+        found.append(f"{uneven} do not divide over {ranks} ranks")
     if layout.pp > facts.layers:
         found.append(f"{facts.layers} layers for {layout.pp} pipeline stages")
     if layout.ep > facts.experts:

@@ -12,7 +12,7 @@ from ep2tp.planner.compare import Assessment, Question
 from ep2tp.planner.divisibility import Behaviour
 from ep2tp.planner.layouts import Layout
 from ep2tp.planner.links import Link
-from ep2tp.planner.memory import growth, shard_plan
+from ep2tp.planner.memory import growth, shard_plan, usable_share
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def nccl_settings(link: Link) -> tuple[dict[str, str], list[str], str]:
         has_no_peers = measured.get("NCCL_P2P_DISABLE", "0") != "0" or measured.get("NCCL_P2P_LEVEL") in ("0", "LOC")
         return measured, no_custom if has_no_peers else [], "the variables of the measured profile" if measured else ""
     if link.name in ("pcie4", "pcie5"):
-        return {"NCCL_P2P_LEVEL": "SYS"}, [], "peer to peer across PCIe root ports; drop it if bytes do not arrive"
+        note = "peer to peer across PCIe root ports, where ep2tp doctor proves it; elsewhere plan with --link host"
+        return {"NCCL_P2P_LEVEL": "SYS"}, [], note
     if link.name == "host":
         return {"NCCL_P2P_DISABLE": "1"}, no_custom, "no peer to peer: NCCL stages through host memory"
     if link.name == "socket":
@@ -100,7 +101,9 @@ def _sglang(question: Question, assessed: Assessment) -> Launch:
         "TPxEP": ["--tp-size", ranks, "--ep-size", str(layout.ep)],
     }[layout.plan]
     context = ["--context-length", str(min(question.context, longest_context(question)))]
-    command = ("sglang", "serve", "--model-path", model, *_revision(question), *sizes, *context, *flags)
+    # SGLang's own default leaves more room for activations, so that on a tight fit none is left for the cache.
+    memory = ["--mem-fraction-static", f"{usable_share(question.gpu.memory_gb):.2f}"]
+    command = ("sglang", "serve", "--model-path", model, *_revision(question), *sizes, *context, *memory, *flags)
     return Launch(_mode(assessed) | variables, command, _note(assessed, note))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, floor
 
 from ep2tp.layout.split import round_up
 from ep2tp.model.facts import ModelFacts
@@ -142,3 +142,8 @@ def cache_per_sequence(facts: ModelFacts, inventory: Inventory, layout: Layout, 
 def usable_bytes(memory_gb: float) -> float:
     """Bytes of a GPU that weights and KV cache may take (assumed: see :data:`UTILISATION`, :data:`RESERVED_GB`)."""
     return UTILISATION * memory_gb * GB - RESERVED_GB * GB
+
+
+def usable_share(memory_gb: float) -> float:
+    """:func:`usable_bytes` over a GPU's memory, rounded down to two decimals: SGLang's ``--mem-fraction-static``."""
+    return floor(100 * usable_bytes(memory_gb) / (memory_gb * GB)) / 100

@@ -36,15 +36,39 @@ def load_model(model: str, revision: str | None = None) -> tuple[ModelFacts, Inv
         ModelError, PatchError: no such model, no experts, or no patch for it.
         CheckpointError: a file of the checkpoint is damaged, or the hub does not answer.
     """
+    config, weights = _found(model, revision)
+    facts = _facts(config, model)
+    with _field_errors(model):
+        if weights is None:
+            return facts, inventory_from_config(facts)
+        inventory = inventory_from_tensors(facts, _tensors(weights))
+    if not inventory.expert:
+        raise CheckpointError(
+            f"{model}: no tensor is named like the experts of patch {facts.family.name!r}; the patch does not fit this "
+            "checkpoint (ep2tp patches --model shows the names)"
+        )
+    return facts, inventory
+
+
+def load_facts(model: str) -> ModelFacts:
+    """The facts of a model alone, found as :func:`load_model` finds it; no header is read.
+
+    Raises:
+        ModelError, PatchError, CheckpointError: as there.
+    """
+    config, _ = _found(model, None)
+    return _facts(config, model)
+
+
+def _found(model: str, revision: str | None) -> tuple[dict[str, Any], Source | None]:
+    """The config of a model, and the checkpoint whose headers say what it weighs, where there is one."""
     path = Path(model)
     if path.is_file():
         is_of_folder = path.name == "config.json"
-        return _computed(_described(LocalSource(path.parent)) if is_of_folder else _config(path, _read(path)), model)
+        return _described(LocalSource(path.parent)) if is_of_folder else _config(path, _read(path)), None
     if path.is_dir():
         source = LocalSource(path)
-        config = _described(source)
-        has_weights = any(path.glob("*.safetensors"))
-        return _exact(config, model, _tensors(source)) if has_weights else _computed(config, model)
+        return _described(source), source if any(path.glob("*.safetensors")) else None
     from huggingface_hub import try_to_load_from_cache
 
     if path.is_absolute() or model.startswith(".") or model.count("/") != 1:
@@ -55,28 +79,8 @@ def load_model(model: str, revision: str | None = None) -> tuple[ModelFacts, Inv
         cached = try_to_load_from_cache(model, "config.json", revision=revision)
         if not isinstance(cached, str):
             raise
-        return _computed(_described(LocalSource(Path(cached).parent)), model)
-    config = _described(hub)
-    has_weights = any(name.endswith(".safetensors") for name in hub.sizes)
-    return _exact(config, model, _tensors(hub)) if has_weights else _computed(config, model)
-
-
-def _computed(config: dict[str, Any], model: str) -> tuple[ModelFacts, Inventory]:
-    facts = _facts(config, model)
-    with _field_errors(model):
-        return facts, inventory_from_config(facts)
-
-
-def _exact(config: dict[str, Any], model: str, tensors: Iterator[StoredTensor]) -> tuple[ModelFacts, Inventory]:
-    facts = _facts(config, model)
-    with _field_errors(model):
-        inventory = inventory_from_tensors(facts, tensors)
-    if not inventory.expert:
-        raise CheckpointError(
-            f"{model}: no tensor is named like the experts of patch {facts.family.name!r}; the patch does not fit this "
-            "checkpoint (ep2tp patches --model shows the names)"
-        )
-    return facts, inventory
+        return _described(LocalSource(Path(cached).parent)), None
+    return _described(hub), hub if any(name.endswith(".safetensors") for name in hub.sizes) else None
 
 
 def _facts(config: dict[str, Any], model: str) -> ModelFacts:
@@ -127,8 +131,8 @@ def _refuse_rank_files(source: Source) -> None:
         raise ModelError(
             f"{source.label}: ep2tp reshard --layout ranks wrote it for tensor parallelism over {ranks} ranks, and it "
             f"loads in no other way: EP2TP=on vllm serve {name} --tensor-parallel-size {ranks} --load-format ep2tp, or "
-            f"EP2TP=on sglang serve --model-path {name} --tp-size {ranks}. To compare plans, name the checkpoint that "
-            "it was made from"
+            f"EP2TP=on sglang serve --model-path {name} --tp-size {ranks}. For anything else, name the checkpoint "
+            "that it was made from"
         )
 
 

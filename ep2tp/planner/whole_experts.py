@@ -31,11 +31,21 @@ def batches_won(question: Question, running: Sequence[Assessment]) -> dict[int, 
     return found
 
 
-def where_they_win(question: Question, running: Sequence[Assessment], won: dict[int, Assessment]) -> list[str]:
-    """At which of the batches asked for they are better and why, or else from which larger batch on."""
-    if won:
-        return [_why_they_win(question, running, won)]
-    return _where_they_would_win(question, running)
+def where_they_win(question: Question, running: Sequence[Assessment], won: dict[int, Assessment]) -> str:
+    """At which of the batches asked for they are better and why, or else from which larger batch on; empty for none."""
+    return _why_they_win(question, running, won) if won else _where_they_would_win(question, running)
+
+
+def where_they_do_not(question: Question, running: Sequence[Assessment]) -> list[str]:
+    """Up to which batch they were compared, where they win at none."""
+    held = _held(question, running)
+    if not held or len({a.layout.plan in PLANS for a in running}) < 2:
+        return []
+    beyond = [batch for batch in _batches(question) if batch not in held]
+    return [
+        f"No plan with whole experts that fits is clearly faster up to batch {held[-1]} at this context and link"
+        + (f"; none holds batch {beyond[0]}." if beyond else ".")
+    ]
 
 
 def _why_they_win(question: Question, running: Sequence[Assessment], won: dict[int, Assessment]) -> str:
@@ -61,21 +71,23 @@ def _why_they_win(question: Question, running: Sequence[Assessment], won: dict[i
     return f"{text}: {cause} (+{cost:.2f} ms at batch {batch})."
 
 
-def _where_they_would_win(question: Question, running: Sequence[Assessment]) -> list[str]:
+def _where_they_would_win(question: Question, running: Sequence[Assessment]) -> str:
     whole = [a for a in running if a.layout.plan in PLANS]
     sliced = [a for a in running if a.layout.plan not in PLANS]
-    batches = [*question.batches, *(b for b in _LARGER if b > question.batches[-1])]
-    held = [batch for batch in batches if any(a.holds(batch) for a in running)]
-    if not sliced or not whole or not held:
-        return []
-    for batch in (b for b in held if b > question.batches[-1]):
+    for batch in (b for b in _held(question, running) if b > question.batches[-1] and sliced):
         times = {str(a.layout): decode_at(question, a, batch).total for a in whole if a.holds(batch)}
         rival = min((decode_at(question, a, batch).total for a in sliced if a.holds(batch)), default=inf)
         if times and rival > _CLEAR * min(times.values()):
             winner = min(times, key=lambda name: times[name])
             why = "" if rival < inf else "; no plan that slices every expert holds as many sequences"
-            return [f"Expert parallelism becomes the better plan from about batch {batch} ({winner}){why}."]
-    return [
-        f"No plan with whole experts that fits is clearly faster up to batch {held[-1]} at this context and link"
-        + ("." if held == batches else f"; none holds batch {batches[len(held)]}.")
-    ]
+            return f"Expert parallelism becomes the better plan from about batch {batch} ({winner}){why}."
+    return ""
+
+
+def _batches(question: Question) -> list[int]:
+    """Those asked for, and larger ones."""
+    return [*question.batches, *(batch for batch in _LARGER if batch > question.batches[-1])]
+
+
+def _held(question: Question, running: Sequence[Assessment]) -> list[int]:
+    return [batch for batch in _batches(question) if any(a.holds(batch) for a in running)]

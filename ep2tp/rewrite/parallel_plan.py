@@ -120,17 +120,19 @@ class Limits:
 
     def allow(self, ranks: int) -> bool:
         """Whether all of it divides over ``ranks``."""
-        if self.heads % ranks or (self.vocabulary and round_up(self.vocabulary, _VOCABULARY_PADDING) % ranks):
-            return False
-        return self.kv_heads is None or self.kv_heads % ranks == 0 or ranks % self.kv_heads == 0
+        return not self.uneven(ranks)
 
-    def __str__(self) -> str:
-        """The numbers, for a message."""
-        kv = "" if self.kv_heads is None else f", {self.kv_heads} key-value heads"
-        tokens = (
-            "" if self.vocabulary is None else f", {round_up(self.vocabulary, _VOCABULARY_PADDING)} vocabulary rows"
-        )
-        return f"{self.heads} attention heads{kv}{tokens}"
+    def uneven(self, ranks: int) -> str:
+        """What does not divide over ``ranks``, for a message; empty where all of it does."""
+        found = []
+        if self.heads % ranks:
+            found.append(f"{self.heads} attention heads")
+        if self.kv_heads is not None and self.kv_heads % ranks and ranks % self.kv_heads:
+            found.append(f"{self.kv_heads} key-value heads")
+        rows = round_up(self.vocabulary or 0, _VOCABULARY_PADDING)
+        if rows % ranks:
+            found.append(f"{rows} vocabulary rows")
+        return " and ".join(found)
 
 
 def assumes_expert_parallelism(rules: LaunchRules, values: Values) -> Setting | None:
@@ -202,7 +204,7 @@ def _limits_message(rules: LaunchRules, values: Values, limits: Limits, ranks: i
     tp_flag, pp_flag = rules.tensor_parallel.flags[0], rules.pipeline_parallel.flags[0]
     without = f", without {rules.data_parallel.flags[0]}" if rules.data_parallel else ""
     return (
-        f"{limits} do not all divide over {ranks} tensor-parallel ranks. Sizes up to {ranks} that work: "
+        f"{limits.uneven(ranks)} do not divide over {ranks} tensor-parallel ranks. Sizes up to {ranks} that work: "
         f"{', '.join(map(str, fitting))}. On these GPUs: {tp_flag} {best} {pp_flag} {stages}{without}"
     )
 

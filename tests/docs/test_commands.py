@@ -22,7 +22,7 @@ SOURCES = {  # where an engine version defines its options
     ("vllm", "0.25.1"): (VLLM, "vllm.entrypoints.openai.cli_args"),
     ("vllm", "0.33.0"): (VLLM, "vllm.entrypoints.common.cli_args"),
     ("sglang", "0.5.17"): ("sglang.srt.server_args",),
-    ("sglang", "0.5.23"): (f"{SGLANG}parallel", f"{SGLANG}exec_", f"{SGLANG}model"),
+    ("sglang", "0.5.23"): (f"{SGLANG}parallel", f"{SGLANG}exec_", f"{SGLANG}model", f"{SGLANG}schedule"),
 }
 
 

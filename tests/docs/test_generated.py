@@ -12,6 +12,8 @@ from docs.generate.pages import BEGIN, all_pages, between
 from docs.generate.published import PAGES
 from ep2tp.layout.split import Split
 from ep2tp.model.families import load_families
+from ep2tp.planner.gpus import find_gpu
+from ep2tp.planner.memory import GB, usable_bytes
 from tests.planner.models import MODELS
 
 
@@ -45,6 +47,31 @@ def test_the_serving_pages_cover_every_model_that_the_planner_knows() -> None:
         "Llama-4-Maverick": "Scout's",
     }
     assert served | set(same_shape) == set(MODELS)
+
+
+def test_the_serving_pages_say_where_expert_parallelism_is_the_better_plan() -> None:
+    page = (ROOT / "docs/guides/serving/glm.md").read_text(encoding="utf-8")
+    _, _, flash = page.partition("## GLM-4.7-Flash")
+    assert "- 2 GPUs: Expert parallelism is the better plan at batch 64 (DEP 2)" in flash
+    assert "(../../concepts/when-ep.md)" in flash
+
+
+def test_the_serving_pages_count_memory_in_one_unit() -> None:
+    page = (ROOT / "docs/guides/serving/deepseek.md").read_text(encoding="utf-8")
+    gpu = find_gpu("RTX PRO 6000")
+    usable = f"{usable_bytes(gpu.memory_gb) / GB:.1f}"
+    assert f"| PRO 6000, {gpu.memory_gb:.0f}&nbsp;GB |" in page
+    assert f"{gpu.memory_gb:.0f} of these, of which {usable} are counted as usable" in page
+    assert re.search(rf"^2 and 4 x RTX PRO 6000: does not fit; .* [\d.]+ and [\d.]+ GB a GPU, of {usable}", page, re.M)
+
+
+def test_checkpoints_of_several_models_have_the_hub_ids_of_the_others() -> None:
+    checkpoints = [
+        (served.title, found) for _, models in PAGES.values() for served in models for found in served.checkpoints
+    ]
+    shared = [found for title, found in checkpoints if ", " in title or found.hub == "MODEL"]
+    assert len(shared) > 10
+    assert all(found.others for found in shared)
 
 
 def test_the_readme_names_every_patch() -> None:

@@ -41,10 +41,14 @@ def test_the_batch_from_which_ep_wins_is_named() -> None:
     _, small = verdict("DeepSeek-V3/R1/V3.1", "fp8_block128", 8, "H200", "nvlink", batches=(1,), context=8192)
     assert not small.ep_is_better
     [found] = [reason for reason in small.reasons if "becomes the better plan from about batch" in reason]
+    assert small.where_ep_wins == found
     batch = int(found.split("batch ")[1].split()[0])
     _, large = verdict("DeepSeek-V3/R1/V3.1", "fp8_block128", 8, "H200", "nvlink", batches=(batch,), context=8192)
     assert large.ep_is_better
+    assert large.where_ep_wins in large.reasons
+    assert large.where_ep_wins.startswith(f"Expert parallelism is the better plan at batch {batch} (DEP 8)")
     _, never = verdict("Llama-4-Maverick", "fp8_channel", 8, "H100", "nvlink", batches=(1,), context=1024)
+    assert never.where_ep_wins == ""
     assert any(
         "clearly faster up to batch 256" in reason and "none holds batch 1024" in reason for reason in never.reasons
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from ep2tp.errors import SettingError
 from ep2tp.planner.advise import advise
 from ep2tp.planner.launch import launches
+from ep2tp.planner.memory import GB, usable_bytes
 from ep2tp.planner.profile import find_link, write_profile
 from ep2tp.planner.report import print_report
 from tests.planner.models import assessed
@@ -49,6 +51,16 @@ def test_ep2tp_does_not_pad_a_plan_with_whole_experts_but_reshard_does() -> None
     for launch in launches(question, plans["TP 8"]).values():
         assert launch.environment["EP2TP"] == "on"
         assert launch.command
+
+
+@pytest.mark.parametrize(
+    ("link", "variable", "has_custom"), [("pcie5", "NCCL_P2P_LEVEL=SYS", True), ("host", "NCCL_P2P_DISABLE=1", False)]
+)
+def test_a_link_without_peers_turns_them_off_in_both_engines(link: str, variable: str, has_custom: bool) -> None:
+    question, plans = assessed("Qwen3-30B-A3B", "fp8_block128", 2, link=link)
+    for launch in launches(question, plans["TP 2"]).values():
+        assert re.findall(r"NCCL_\S+", str(launch)) == [variable]
+        assert ("--disable-custom-all-reduce" not in launch.command) == has_custom
 
 
 def test_a_profile_gives_the_variables_that_it_was_measured_with(tmp_path: Path) -> None:
@@ -89,6 +101,17 @@ def test_a_launch_has_no_longer_context_than_the_model(context: int, launched: i
         assert launch.command[launch.command.index(flag) + 1] == str(launched)
     said = [reason for reason in found.reasons if "max_position_embeddings" in reason]
     assert len(said) == (context > launched)
+
+
+@pytest.mark.parametrize("plan", ["TP 8", "TEP 8", "DEP 8", "TPxPP 4x2", "TPxEP 4x2"])
+@pytest.mark.parametrize(("gpu", "share"), [("RTX PRO 6000", "0.88"), ("RTX 5090", "0.84"), ("H200", "0.88")])
+def test_sglang_is_given_the_memory_that_the_planner_counts(plan: str, gpu: str, share: str) -> None:
+    question, plans = assessed("Qwen3-30B-A3B", "bf16", 8, gpu)
+    found = launches(question, plans[plan])
+    command = found["sglang"].command
+    assert command[command.index("--mem-fraction-static") + 1] == share
+    assert "--mem-fraction-static" not in found["vllm"].command
+    assert float(share) <= usable_bytes(question.gpu.memory_gb) / (question.gpu.memory_gb * GB) < float(share) + 0.01
 
 
 def test_a_revision_is_part_of_the_launch() -> None:

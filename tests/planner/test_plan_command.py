@@ -205,6 +205,19 @@ def test_a_hub_model_is_planned_from_its_headers_alone(hub: tuple[str, type[Coun
     assert "Traceback" not in missing.stderr
 
 
+def test_patches_reads_a_hub_model_as_plan_does_but_no_weights(
+    hub: tuple[str, type[CountingHub]], tmp_path: Path
+) -> None:
+    address, handler = hub
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "ep2tp", "patches", "--model", "lab/model", "--tp", "2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("lab/model: patch ")
+    assert handler.requests
+    assert not any("safetensors" in request for request in handler.requests)
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
