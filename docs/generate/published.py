@@ -100,7 +100,7 @@ PAGES: dict[str, tuple[str, tuple[Served, ...]]] = {
             _served(
                 "GLM-5, 5.1, 5.2, 5.3",
                 "GLM-5/5.1/5.2/5.3",
-                fp8_block128=("zai-org/GLM-5.2-FP8", "zai-org/GLM-5-FP8", "zai-org/GLM-5.1-FP8", "zai-org/GLM-5.3"),
+                fp8_block128=("zai-org/GLM-5.2-FP8", "zai-org/GLM-5-FP8", "zai-org/GLM-5.1-FP8"),
                 nvfp4=("nvidia/GLM-5.2-NVFP4", "nvidia/GLM-5-NVFP4", "nvidia/GLM-5.1-NVFP4"),
             ),
         ),
