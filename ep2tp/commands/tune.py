@@ -35,12 +35,9 @@ def tune_command(model: str, tp: int, seconds: int, out: Path | None, engine: st
     \b
     ep2tp tune deepseek-ai/DeepSeek-V3 --tp 8
     """
-    from ep2tp.model.families import load_families
-    from ep2tp.model.locate import find_facts
-    from ep2tp.settings import Settings
+    from ep2tp.planner.source import load_facts
 
-    settings = Settings.from_environment()
-    facts = find_facts(model, load_families(settings.patches, settings.patch_path))
+    facts = load_facts(model)
     name = _engine(engine)
     device = _device()
     slices = slices_for(facts, tp, name)
