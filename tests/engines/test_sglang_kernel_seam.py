@@ -14,34 +14,41 @@ import pytest
 pytest.importorskip("sglang")
 
 STAND_IN = Path(__file__).parent / "kernel_stand_in"
-CHILD = """
-import logging
-import re
-from types import MethodType, SimpleNamespace
+SHARED = """
+from types import SimpleNamespace
 
 import torch
-from sglang.srt.arg_groups.attention_hook import handle_deterministic_inference
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import StandardTopKOutput
-from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang.srt.runtime_context import get_context, get_parallel
-from sglang.srt.server_args import ServerArgs
 
 from ep2tp.engines.sglang import kernel
-from ep2tp.errors import LaunchError
-from ep2tp.kernels import configs, tuned_configs
-from ep2tp.kernels.operands import WeightFormat
 from ep2tp.settings import Kernel
 
-EXPERTS, TOP_K, TOKENS, HIDDEN, SIZE = 4, 2, 5, 32, 48
-lines = []
-kernel.logger.addHandler(SimpleNamespace(level=0, handle=lambda record: lines.append(record.getMessage())))
-kernel.logger.setLevel(logging.INFO)
+EXPERTS, TOP_K, TOKENS = 4, 2, 5
 arguments = SimpleNamespace(enable_lora=False, lora_paths=None, enable_deterministic_inference=False)
-bf16 = WeightFormat("bf16")
 torch.manual_seed(0)
 published = get_context().override_server_args(model_path="dummy", tp_size=1, device="cpu")
 alone = {"tp_rank": 0, "moe_tp_rank": 0, "moe_ep_rank": 0, "tp_group": SimpleNamespace(world_size=1)}
+weights, ids = torch.rand(TOKENS, EXPERTS).topk(TOP_K)
+chosen = StandardTopKOutput(weights, ids.int(), torch.zeros(TOKENS, EXPERTS))
+"""
+SEAM = """
+import logging
+import re
+from types import MethodType
+
+from sglang.srt.arg_groups.attention_hook import handle_deterministic_inference
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
+from sglang.srt.server_args import ServerArgs
+
+from ep2tp.errors import LaunchError
+from ep2tp.kernels import configs, tuned_configs
+
+HIDDEN, SIZE = 32, 48
+lines = []
+kernel.logger.addHandler(SimpleNamespace(level=0, handle=lambda record: lines.append(record.getMessage())))
+kernel.logger.setLevel(logging.INFO)
 
 
 def layer(**options):
@@ -53,8 +60,6 @@ def layer(**options):
 
 with torch.no_grad(), published, get_parallel().override(**alone):
     model = layer(routed_scaling_factor=2.5)
-    weights, ids = torch.rand(TOKENS, EXPERTS).topk(TOP_K)
-    chosen = StandardTopKOutput(weights, ids.int(), torch.zeros(TOKENS, EXPERTS))
     values = torch.randn(TOKENS, HIDDEN)
     stock = model["experts"](values.clone(), chosen)
     kernel.install(model, Kernel.AUTO, arguments)
@@ -128,9 +133,48 @@ torch.testing.assert_close(ours, stock * 2.5, rtol=1e-4, atol=1e-2)  # values of
 """
 
 
-def test_a_kernel_on_the_experts_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+FP8_BLOCKS = """
+from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+HIDDEN, SIZE, BLOCK = 256, 384, 128
+
+
+def layer(quantisation):
+    options = {"params_dtype": torch.bfloat16, "quant_config": quantisation, "prefix": "experts"}
+    return torch.nn.ModuleDict({"experts": FusedMoE(EXPERTS, HIDDEN, SIZE, layer_id=0, top_k=TOP_K, **options)})
+
+
+with torch.no_grad(), published, get_parallel().override(**alone):
+    stored, exact = layer(Fp8Config(True, "dynamic", weight_block_size=[BLOCK, BLOCK])), layer(None)
+    held, plain = (dict(model["experts"].named_parameters()) for model in (stored, exact))
+    for name in ("w13_weight", "w2_weight"):
+        held[name].copy_(torch.randn(held[name].shape).to(held[name].dtype))
+        scales = held[f"{name}_scale_inv"]
+        scales.copy_(2.0 ** torch.randint(-6, 1, scales.shape))  # powers of two: exact in BF16
+        plain[name].copy_(held[name].float() * scales.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2))
+    values = torch.randn(TOKENS, HIDDEN).bfloat16()
+    for model in (stored, exact):
+        kernel.install(model, Kernel.EP2TP, arguments)
+        assert "run_moe_core" in vars(model["experts"])
+    ours, expected = (model["experts"](values.clone(), chosen) for model in (stored, exact))
+assert expected.float().abs().max() > 100
+torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+"""
+
+
+def run(code: str, monkeypatch: pytest.MonkeyPatch, cache: Path) -> str:
+    """What the code prints, in a process of its own with the stand-in."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("PYTHONPATH", f"{STAND_IN}:{Path(__file__).parents[2]}")
-    child = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True)
+    child = subprocess.run([sys.executable, "-c", SHARED + code], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]
-    assert "STAND-IN ran for M=5, weights [4, 32, 48]" in child.stdout
+    return child.stdout
+
+
+def test_a_kernel_on_the_experts_of_one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "STAND-IN ran for M=5, weights [4, 32, 48]" in run(SEAM, monkeypatch, tmp_path)
+
+
+def test_fp8_blocks_reach_the_kernel_with_their_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers as from experts that hold the dequantised values in BF16."""
+    assert "STAND-IN ran for M=5, weights [4, 256, 384]" in run(FP8_BLOCKS, monkeypatch, tmp_path)
