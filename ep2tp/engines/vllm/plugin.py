@@ -123,7 +123,7 @@ def load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywor
         from ep2tp.engines.updates import pad_updates
 
         pad_updates(model, plan)
-    if model_config.is_moe and settings.takes_kernel(guard.is_armed()):
+    if settings.takes_kernel(guard.is_armed()) and model_config.is_moe:
         from ep2tp.engines.vllm import kernel
 
         kernel.install(model, settings.kernel)
