@@ -36,6 +36,7 @@ GPU_TESTS = Path(__file__).parent.parent / "gpu"
 sys.path.insert(0, str(GPU_TESTS))
 
 from fp8_checkpoint import BLOCK, BlockModel
+from page_cache import evict
 
 TP = 2
 ONE_START_S = 150.0
@@ -147,14 +148,6 @@ def measure(way: Way, folder: Path, logs: Path) -> dict[str, Any]:
         "read_bytes": [rank["read_bytes"] for rank in facts["ranks"]],
         "tokens": facts["tokens"],
     }
-
-
-def evict(folder: Path) -> None:
-    """Give the pages of a checkpoint back to the kernel, so that they are read from disk."""
-    for path in folder.rglob("*.safetensors"):  # rank files lie in folders of their own
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def machine() -> dict[str, Any]:

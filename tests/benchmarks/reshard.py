@@ -28,6 +28,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from page_cache import evict
 
 from ep2tp.checkpoint.header import build_header
 
@@ -100,15 +101,14 @@ def size_of(folder: Path) -> int:
 
 
 def warm(folder: Path, is_warm: bool) -> None:
+    if not is_warm:
+        evict(folder)
+        return
     for path in weights(folder):
-        file = os.open(path, os.O_RDONLY)
-        os.fsync(file)
-        if is_warm:
-            while os.read(file, 1 << 24):
+        with path.open("rb", buffering=0) as file:
+            os.fsync(file.fileno())
+            while file.read(1 << 24):
                 pass
-        else:
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(file)
 
 
 def timed(command: list[str], sync: Path | None = None) -> Run:

