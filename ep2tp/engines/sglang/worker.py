@@ -115,11 +115,11 @@ def load_model(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Keywor
         from ep2tp.engines.sglang import late
 
         late.report(instance, settings)
-    is_moe = state.is_rewritten or bool(experts.moe_layers(instance.model))
-    if settings.mode is not Mode.OFF and is_moe and settings.takes_kernel(state.is_rewritten):
+    if settings.mode is not Mode.OFF and settings.takes_kernel(state.is_rewritten):
         from ep2tp.engines.sglang import kernel
 
-        kernel.install(instance.model, settings.kernel, instance.server_args)
+        if state.is_rewritten or experts.moe_layers(instance.model):
+            kernel.install(instance.model, settings.kernel, instance.server_args)
     return result
 
 
