@@ -36,7 +36,7 @@ def shares_experts(line: dict[str, Any]) -> bool:
 
 def row(line: dict[str, Any]) -> list[str]:
     """The cells of one launch."""
-    place = [line["link"], line["launch"] + ("" if line["cuda_graphs"] else " (eager)")]
+    place = [line["link"], line["launch"] + ("" if line.get("cuda_graphs", True) else " (eager)")]
     if "error" in line:
         return [*place, line["error"]]
     planner = line["planner"]

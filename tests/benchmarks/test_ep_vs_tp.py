@@ -40,3 +40,8 @@ def test_steps_of_ranks_that_drew_the_same_experts_are_marked(
     _link, _launch, decode, prefill = ep_vs_tp_table.row(line)
     assert prefill == "2.00 (1.90 to 2.10) / 1.00 (-50%)"
     assert decode == ("2.00 (1.90 to 2.10) †" if is_marked else prefill)
+
+
+def test_a_launch_that_was_not_started_is_a_row_of_its_reason() -> None:
+    line = {"launch": "DEP", "link": "socket", "error": "not started: 16 s of the budget were left"}
+    assert ep_vs_tp_table.row(line) == ["socket", "DEP", line["error"]]
