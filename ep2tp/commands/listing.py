@@ -11,13 +11,11 @@ from rich.text import Text
 
 from ep2tp.errors import Ep2tpError
 from ep2tp.model.facts import ModelFacts
-from ep2tp.model.families import Family, load_families
-from ep2tp.model.locate import find_facts
+from ep2tp.model.families import Family
 from ep2tp.model.sharding import plan_shards
 from ep2tp.planner.source import load_facts
 from ep2tp.rewrite.parallel_plan import Change
 from ep2tp.rewrite.report import change_rows, padding_rows
-from ep2tp.settings import Settings
 
 
 def print_families(families: Mapping[str, Family]) -> None:
@@ -80,12 +78,11 @@ def print_changes(changes: Sequence[Change], facts: ModelFacts | None, why_no_fa
 
 
 def facts_for(model: str | None) -> tuple[ModelFacts | None, str]:
-    """The facts of the model that a command serves, where its config is on this machine; else None, and why."""
+    """The facts of the model that a command serves, where its config is found; else None, and why."""
     if model is None:
         return None, "the command names no model"
-    settings = Settings.from_environment()
     try:
-        return find_facts(model, load_families(settings.patches, settings.patch_path)), ""
+        return load_facts(model), ""
     except Ep2tpError as error:
         return None, str(error)
 

@@ -9,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ep2tp.commands.draft import fold_draft
 from ep2tp.commands.engine_words import split_at_engine
 from ep2tp.engines.sglang.arguments import RULES as SGLANG
 from ep2tp.engines.sglang.arguments import without_harmless_prefill_cp
+from ep2tp.engines.vllm.arguments import RULES as VLLM
 from ep2tp.errors import LaunchError
 from ep2tp.rewrite.parallel_plan import Change, LaunchRules, Limits, Setting, to_tensor_parallel
 
@@ -78,6 +80,9 @@ def rewrite_command(
     for change in changes:
         if change.after is not None:
             kept += [change.setting.flags[0], str(change.after)]
+    if rules is VLLM and changes:
+        kept, of_draft = fold_draft(kept, first, changes)
+        changes = [*changes, *of_draft]
     return RewrittenCommand(rules.engine, kept, changes, rules.gpus(values))
 
 

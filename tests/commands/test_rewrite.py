@@ -68,6 +68,42 @@ def test_words_before_the_engine_are_another_programs(before: str, engine: str, 
     assert words.endswith(f" {after}")
 
 
+@pytest.mark.parametrize(
+    ("draft", "expected"),
+    [
+        (
+            """--speculative-config '{"method": "mtp", "draft_tensor_parallel_size": 2}'""",
+            '{"method": "mtp", "draft_tensor_parallel_size": 8}',
+        ),
+        ("""-sc='{"method": "mtp", "moe_backend": "deep_gemm_mega_moe"}'""", '{"method": "mtp"}'),
+        ("--speculative-config.draft_tensor_parallel_size 2", "8"),
+        ("--speculative_config.draft_tensor_parallel_size=1", "1"),
+        ("--speculative-config.moe_backend deep_gemm_mega_moe", None),
+        (
+            """--speculative-config '{"method": "mtp", "moe_backend": "triton"}'""",
+            '{"method": "mtp", "moe_backend": "triton"}',
+        ),
+        ("--speculative-config '{not JSON'", "{not JSON"),
+    ],
+)
+def test_a_draft_follows_the_launch(draft: str, expected: str | None) -> None:
+    words = rewrite_command(shlex.split(f"vllm serve M -tp 2 -dp 4 -ep {draft} --port 80")).words
+    found = [word for word in words if "spec" in word or word.startswith("-sc")]
+    assert words[-2:] == ["--tensor-parallel-size", "8"]
+    assert words[words.index("--port") :][:2] == ["--port", "80"]
+    if expected is None:
+        assert words == ["vllm", "serve", "M", "--port", "80", "--tensor-parallel-size", "8"]
+    elif "=" in found[0]:
+        assert found == [draft.split("=")[0] + "=" + expected]
+    else:
+        assert words[words.index(found[0]) + 1] == expected
+
+
+def test_a_draft_of_a_launch_that_stays_as_it_is_stays_too() -> None:
+    words = ["vllm", "serve", "M", "-tp", "4", "--speculative-config", '{"draft_tensor_parallel_size": 4}']
+    assert rewrite_command(words).words == words
+
+
 @pytest.mark.parametrize("before", ["srun -n 2", "nice -n 10", ""])
 def test_a_number_before_the_engine_is_no_number_of_nodes(before: str) -> None:
     with pytest.raises(LaunchError, match="--data-parallel-size-local 8 of 16: other nodes"):

@@ -26,12 +26,12 @@ _EP_ONLY_BACKENDS = frozenset(
     }
 )
 _EP_ONLY_BACKEND = Setting("moe_backend", ("--moe-backend",), _EP_ONLY, only=_EP_ONLY_BACKENDS)
-_DRAFT = "speculative_config"
+DRAFT = "speculative_config"
 _DRAFT_BACKEND = Setting(
-    f"{_DRAFT}.moe_backend", ("--speculative-config.moe_backend",), _EP_ONLY, only=_EP_ONLY_BACKENDS
+    f"{DRAFT}.moe_backend", ("--speculative-config.moe_backend",), _EP_ONLY, only=_EP_ONLY_BACKENDS
 )
 _DRAFT_SIZE = Setting(
-    f"{_DRAFT}.draft_tensor_parallel_size",
+    f"{DRAFT}.draft_tensor_parallel_size",
     ("--speculative-config.draft_tensor_parallel_size",),
     "a draft runs on all tensor-parallel ranks, or on one",
 )
@@ -115,9 +115,13 @@ def given_values(arguments: Any, defaults: Any) -> dict[str, Any]:
     return given
 
 
-def draft_changes(arguments: Any, changes: list[Change]) -> list[Change]:
-    """What changes in the settings of a speculative draft in a launch that ``changes`` make tensor parallel."""
-    draft = getattr(arguments, _DRAFT, None)
+def draft_changes(draft: Any, changes: list[Change]) -> list[Change]:
+    """What changes in the settings of a speculative draft in a launch that ``changes`` make tensor parallel.
+
+    Args:
+        draft: ``speculative_config`` as given; none of its settings change unless it is a dict.
+        changes: the launch's.
+    """
     if not isinstance(draft, dict):
         return []
     found = []
@@ -131,6 +135,12 @@ def draft_changes(arguments: Any, changes: list[Change]) -> list[Change]:
     return found
 
 
+def changed_draft(draft: dict[str, Any], changes: list[Change]) -> dict[str, Any]:
+    """The settings of a draft after the changes of :func:`draft_changes`."""
+    after = {change.setting.field.removeprefix(f"{DRAFT}."): change.after for change in changes}
+    return {key: value for key, value in {**draft, **after}.items() if key not in after or value is not None}
+
+
 def default_of(defaults: Any, name: str) -> Any:
     """The default of a dataclass field; None for a field that this version does not have."""
     field = next((f for f in dataclasses.fields(defaults) if f.name == name), None)
@@ -141,20 +151,17 @@ def default_of(defaults: Any, name: str) -> Any:
 
 def apply(changes: list[Change], arguments: Any, defaults: Any) -> None:
     """Write the changes into an ``EngineArgs`` or a Namespace in place; idempotent."""
+    of_draft = [change for change in changes if change.setting.field.startswith(f"{DRAFT}.")]
+    if of_draft:
+        arguments.speculative_config = changed_draft(arguments.speculative_config, of_draft)
     for change in changes:
-        field = change.setting.field
-        if field.startswith(f"{_DRAFT}."):
-            _set_draft(arguments, field.removeprefix(f"{_DRAFT}."), change.after)
+        if change in of_draft:
             continue
+        field = change.setting.field
         value = default_of(defaults, field) if change.after is None else change.after
         setattr(arguments, field, value)
         if field == _EP_ONLY_BACKEND.field and _kernel_config_backend(arguments):
             _set_kernel_config_backend(arguments, value)
-
-
-def _set_draft(arguments: Any, key: str, value: Any) -> None:
-    others = {name: old for name, old in arguments.speculative_config.items() if name != key}
-    arguments.speculative_config = others if value is None else {**others, key: value}
 
 
 def _kernel_config_backend(arguments: Any) -> str | None:

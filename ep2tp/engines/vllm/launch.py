@@ -48,7 +48,7 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
             f"{_PROCESS_PER_RANK}={processes} starts one process per data-parallel rank; tensor parallelism is one "
             "launch over all GPUs. Unset it and start once with the product as --tensor-parallel-size, or set EP2TP=off"
         )
-    changes += vllm_arguments.draft_changes(arguments, changes)
+    changes += vllm_arguments.draft_changes(getattr(arguments, vllm_arguments.DRAFT, None), changes)
     vllm_arguments.apply(changes, arguments, EngineArgs)
     guard.arm()
     let_ray_copy_our_variables()
