@@ -10,12 +10,15 @@ from ep2tp.doctor.finding import Finding, Level
 from ep2tp.rewrite.guard import GUARDED
 
 CHECK = "all-to-all libraries"
+_SHARED = frozenset({"mooncake"})
+"""Packages that also move KV caches between servers, and are mostly installed for that."""
 _WHEELS = ("nvidia-nvshmem-cu12", "nvidia-nvshmem-cu13")
 
 
 def check_libraries() -> Iterator[Finding]:
     """One finding; looks for packages without importing any."""
-    modules = {name for name in GUARDED if "." not in name and is_installed(name)}
+    packages = {name.partition(".")[0] for name in GUARDED} - _SHARED
+    modules = {name for name in packages if is_installed(name)}
     found = [*sorted(modules), *(f"{name} {version}" for name in _WHEELS if (version := _version(name)))]
     if not found:
         yield Finding(CHECK, Level.OK, "none installed, and none needed")

@@ -23,7 +23,8 @@ GUARDED = (
     "moonep",
     "mooncake.ep",
     "mooncake.mooncake_ep_buffer",
-    "mori",
+    "mori.ops",  # not mori.io, which moves KV caches between servers
+    "mori.shmem",
     "nixl_ep",
     "nvshmem",
     "pplx_kernels",

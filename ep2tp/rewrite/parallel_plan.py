@@ -50,6 +50,19 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Divided:
+    """A number that an engine divides over data-parallel ranks by itself, so that folding them would multiply it.
+
+    Attributes:
+        setting: the number.
+        over: settings of the ranks; the first one in use counts.
+    """
+
+    setting: Setting
+    over: tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
 class LaunchRules:
     """How one engine names its parallelism.
 
@@ -65,6 +78,7 @@ class LaunchRules:
         ranks_per_node: the setting of the data-parallel ranks of this node, where an operator starts nodes one by one.
         nodes: the setting of the number of nodes of one launch.
         moves: for a value of a setting, the setting that has to take its place: (field, value, setting, new value).
+        divided: a number that the engine divides over data-parallel ranks, where there is one.
     """
 
     engine: str
@@ -77,11 +91,13 @@ class LaunchRules:
     ranks_per_node: Setting | None = None
     nodes: Setting | None = None
     moves: tuple[tuple[str, str, Setting, str], ...] = ()
+    divided: Divided | None = None
 
     @property
     def settings(self) -> tuple[Setting, ...]:
         """Every setting that the rules look at."""
-        sizes = (self.tensor_parallel, self.data_parallel, self.pipeline_parallel, self.nodes)
+        divided = self.divided.setting if self.divided else None
+        sizes = (self.tensor_parallel, self.data_parallel, self.pipeline_parallel, self.nodes, divided)
         return (*(s for s in sizes if s is not None), *self.resets, *self.one_process_per_rank)
 
     def moves_apply(self, values: Values) -> bool:
@@ -163,7 +179,7 @@ def to_tensor_parallel(rules: LaunchRules, values: Values, limits: Limits | None
     for setting in rules.resets:
         if setting.is_bound(values):
             changes.append(Change(setting, values[setting.field], None, setting.why))
-    return changes
+    return changes + _divide(rules, values)
 
 
 def size_of(setting: Setting, values: Values, least: int = 1) -> int:
@@ -195,6 +211,17 @@ def _fold(rules: LaunchRules, values: Values, limits: Limits | None) -> list[Cha
         Change(rules.tensor_parallel, before, after, f"TP {before} x DP {folded} = TP {after}: same GPUs"),
         Change(rules.data_parallel, folded, None, rules.data_parallel.why),
     ]
+
+
+def _divide(rules: LaunchRules, values: Values) -> list[Change]:
+    over = next((s for s in rules.divided.over if s.is_bound(values)), None) if rules.divided else None
+    if rules.divided is None or over is None or values.get(rules.divided.setting.field) is None:
+        return []
+    ranks, number = size_of(over, values), size_of(rules.divided.setting, values, least=-1)
+    if ranks == 1 or number < ranks:  # -1 is "without bound"
+        return []
+    why = f"{rules.divided.setting.why} ({over.flags[0]} {ranks})"
+    return [Change(rules.divided.setting, number, number // ranks, why)]
 
 
 def _limits_message(rules: LaunchRules, values: Values, limits: Limits, ranks: int) -> str:

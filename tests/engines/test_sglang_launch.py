@@ -130,6 +130,17 @@ def test_a_recipe_resolves_to_tensor_parallelism(recipe: str, tiny_models: Path)
     assert guard.is_armed()
 
 
+def test_a_prefill_chunk_is_what_sglang_would_have_given_a_data_parallel_rank(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, recipe = tiny_model(tiny_models, DIVIDES), {"enable_dp_attention": True, "dp_size": 2, "ep_size": 2}
+    chunks = {}
+    for mode in ("off", "on"):
+        monkeypatch.setenv("EP2TP", mode)
+        chunks[mode] = resolve(model, tp_size=2, chunked_prefill_size=8192, **recipe).chunked_prefill_size
+    assert chunks == {"off": 4096, "on": 4096}
+
+
 @pytest.mark.parametrize("strategy", ["zigzag", "interleave"])
 def test_sparse_attention_asks_for_deepep_by_its_zigzag_strategy_only(strategy: str) -> None:
     """DSA models (DeepSeek-V3.2, GLM-5) do not run on CPUs, so their row is read off the rules."""

@@ -169,6 +169,43 @@ def test_an_mtp_draft_grows_with_its_target(tiny_models: Path) -> None:
     assert mtp_expert.is_padded
 
 
+def test_a_draft_named_by_another_spelling_of_its_targets_folder_grows_too(tiny_models: Path) -> None:
+    model = tiny_model(tiny_models, replace(ODD, mtp_layers=1, seed=1))
+    speculation = {"method": "mtp", "num_speculative_tokens": 1, "model": f"{model}/"}
+    config = engine_config(model, tensor_parallel_size=2, speculative_config=speculation)
+    assert config.speculative_config.draft_model_config.hf_config.moe_intermediate_size == 80
+
+
+@pytest.mark.parametrize(("ranks", "mode"), [(4, "weights"), (8, "data")])
+def test_an_image_encoder_whose_heads_do_not_divide_is_not_sliced(tmp_path: Path, ranks: int, mode: str) -> None:
+    """vLLM stops at ``12 is not divisible by 8`` there."""
+    config = {
+        "architectures": ["Glm4vMoeForConditionalGeneration"],
+        "model_type": "glm4v_moe",
+        "text_config": {
+            "model_type": "glm4v_moe_text",
+            "hidden_size": 4096,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": 128,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 46,
+            "first_k_dense_replace": 1,
+            "num_attention_heads": 96,
+            "num_key_value_heads": 8,
+            "vocab_size": 151552,
+        },
+        "vision_config": {"num_heads": 12, "hidden_size": 1536},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    args = engine_args(tmp_path, data_parallel_size=ranks, enable_expert_parallel=True)
+    decision, changes = launch.rewrite(args, Settings.from_environment())
+    assert decision.rewrite
+    assert (args.tensor_parallel_size, args.mm_encoder_tp_mode) == (ranks, mode)
+    assert ("--mm-encoder-tp-mode" in {c.setting.flags[0] for c in changes}) is (mode == "data")
+
+
 def test_user_overrides_of_the_config_are_seen(tiny_models: Path) -> None:
     config = engine_config(
         tiny_model(tiny_models, DIVIDES),

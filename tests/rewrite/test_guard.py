@@ -57,6 +57,22 @@ def test_disarming_lets_them_in(fake_deep_ep: Path) -> None:
     assert importlib.import_module("deep_ep").MAPPED
 
 
+def test_the_part_of_mori_that_moves_kv_caches_is_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("", "io", "ops"):
+        (tmp_path / "mori" / part).mkdir()
+        (tmp_path / "mori" / part / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    guard.arm()
+    try:
+        importlib.import_module("mori.io")
+        with pytest.raises(GuardError, match=r"keeps mori\.ops from being imported"):
+            importlib.import_module("mori.ops")
+    finally:
+        guard.disarm()
+        for name in ("mori", "mori.io"):
+            sys.modules.pop(name, None)
+
+
 def test_libraries_imported_before_are_named(fake_deep_ep: Path) -> None:
     importlib.import_module("deep_ep")
     assert guard.arm() == ["deep_ep"]

@@ -151,3 +151,21 @@ def test_a_plan_with_pipeline_stages_is_offered_for_the_same_gpus() -> None:
 )
 def test_sglang_launches(values: dict[str, Any], expected: set[str]) -> None:
     assert set(changed(SGLANG, values)) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "chunk"),
+    [
+        ({"enable_dp_attention": True, "dp_size": 8}, 4096),
+        ({"attn_dp_size": 4}, 8192),
+        ({"enable_dp_attention": True, "dp_size": 8, "chunked_prefill_size": -1}, None),
+        ({"dp_size": 8}, None),  # replicas, each with a prefill of its own
+        ({}, None),
+    ],
+)
+def test_a_chunk_that_sglang_divides_over_data_parallel_ranks_stays_what_a_rank_was_given(
+    values: dict[str, Any], chunk: int | None
+) -> None:
+    given = {"tp_size": 8, "ep_size": 8, "chunked_prefill_size": 32768} | values
+    changes = {change.setting.field: change.after for change in to_tensor_parallel(SGLANG, given)}
+    assert changes.get("chunked_prefill_size") == chunk

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ep2tp.rewrite.parallel_plan import Change, LaunchRules, Setting
+from ep2tp.rewrite.parallel_plan import Change, Divided, LaunchRules, Setting
 
 _ONE = frozenset({"1"})
 _ZERO = frozenset({"0"})
@@ -41,6 +41,15 @@ _PREFILL_CP = Setting(
     takes_value=False,
 )
 _CP_STRATEGY = Setting("cp_strategy", ("--cp-strategy",), _ATTENTION, only_with="enable_prefill_cp")
+_DP_SIZE = Setting(
+    "dp_size", ("--dp-size", "--dp", "--data-parallel-size"), _ATTENTION, only_with="enable_dp_attention"
+)
+_ATTN_DP_SIZE = Setting("attn_dp_size", ("--attn-dp-size", "--attention-data-parallel-size"), _ATTENTION, neutral=_ONE)
+_CHUNK = Setting(
+    "chunked_prefill_size",
+    ("--chunked-prefill-size",),
+    "what a rank was given: SGLang divides it over the ranks of data-parallel attention",
+)
 _TRIGGERS = (_EP_SIZE, _A2A, _RUNNER, _WATERFILL, _EPLB, _DWDP, _ELASTIC, _PREFILL_CP)
 
 RULES = LaunchRules(
@@ -61,9 +70,9 @@ RULES = LaunchRules(
         Setting("fuseep_mode", ("--fuseep-mode",), _DISPATCH),
         Setting("enable_w4a4_mxfp4_megamoe", ("--enable-w4a4-mxfp4-megamoe",), _EP_ONLY, takes_value=False),
         Setting("enable_megamoe_for_layernorm_sp", ("--enable-megamoe-for-layernorm-sp",), _EP_ONLY, takes_value=False),
-        Setting("dp_size", ("--dp-size", "--dp", "--data-parallel-size"), _ATTENTION, only_with="enable_dp_attention"),
+        _DP_SIZE,
         Setting("enable_dp_attention", ("--enable-dp-attention",), _ATTENTION, takes_value=False),
-        Setting("attn_dp_size", ("--attn-dp-size", "--attention-data-parallel-size"), _ATTENTION, neutral=_ONE),
+        _ATTN_DP_SIZE,
         Setting(
             "enable_dp_attention_local_control_broadcast",
             ("--enable-dp-attention-local-control-broadcast",),
@@ -99,6 +108,7 @@ RULES = LaunchRules(
         Setting("enable_tp_lm_head_all_to_all", ("--enable-tp-lm-head-all-to-all",), _DISPATCH, takes_value=False),
         Setting("dcp_comm_backend", ("--dcp-comm-backend",), _DISPATCH, only=frozenset({"a2a", "fi_a2a"})),
     ),
+    divided=Divided(_CHUNK, (_ATTN_DP_SIZE, _DP_SIZE)),
 )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ep2tp.engines.seams import Seam, Wrapper
 from ep2tp.engines.sglang import seams
 from ep2tp.errors import GuardError, SeamError
+from ep2tp.model.same import is_same_model
 from ep2tp.rewrite import guard
 from ep2tp.settings import Mode, Settings
 
@@ -139,7 +140,9 @@ def refuse_buffer(wrapped: Wrapped, instance: Any, args: Positional, kwargs: Key
 
 def _plan_of(model_config: Any) -> ShardPlan | None:
     """The plan of a model that this process loads: of the launch's model, or of a draft from the same checkpoint."""
-    if state.note is None or not state.note["padding"] or str(model_config.model_path) != state.note["model"]:
+    if state.note is None or not state.note["padding"]:
+        return None
+    if not is_same_model(str(model_config.model_path), state.note["model"]):
         return None
     from ep2tp.engines.padding import plan_of_note
 

@@ -6,8 +6,10 @@ Checked against ``EngineArgs`` of vLLM 0.25.1, 0.28.0, 0.32.0 and 0.33.0. This m
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+from ep2tp.model.encoder import uneven_encoder_heads
 from ep2tp.rewrite.parallel_plan import Change, LaunchRules, Setting
 
 _EP_FLAG = Setting(
@@ -44,6 +46,7 @@ _EXECUTOR = Setting(
     ("--distributed-executor-backend",),
     "Ray placed the data-parallel ranks, and now places the tensor-parallel ones",
 )
+_ENCODER = Setting("mm_encoder_tp_mode", ("--mm-encoder-tp-mode",), "each rank encodes whole images")
 _PER_RANK = "starts every data-parallel rank by itself; tensor parallelism is one launch over all GPUs."
 
 RULES = LaunchRules(
@@ -133,6 +136,21 @@ def draft_changes(draft: Any, changes: list[Change]) -> list[Change]:
     if _DRAFT_BACKEND.is_bound({_DRAFT_BACKEND.field: backend}):
         found.append(Change(_DRAFT_BACKEND, backend, None, _DRAFT_BACKEND.why))
     return found
+
+
+def encoder_changes(mode: str | None, config: Mapping[str, Any] | None, ranks: int) -> list[Change]:
+    """What changes where vLLM could not slice a model's image encoder over the ranks of a rewritten launch.
+
+    Args:
+        mode: ``mm_encoder_tp_mode``; None for a vLLM without it.
+        config: the model's config.json, where known.
+        ranks: tensor-parallel ranks after the rewrite.
+    """
+    heads = uneven_encoder_heads(config or {}, ranks)
+    if mode != "weights" or heads is None:
+        return []
+    why = f"the image encoder's {heads} heads do not divide over {ranks} ranks: {_ENCODER.why}"
+    return [Change(_ENCODER, mode, "data", why)]
 
 
 def changed_draft(draft: dict[str, Any], changes: list[Change]) -> dict[str, Any]:

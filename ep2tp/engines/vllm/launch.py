@@ -48,6 +48,8 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
             f"{_PROCESS_PER_RANK}={processes} starts one process per data-parallel rank; tensor parallelism is one "
             "launch over all GPUs. Unset it and start once with the product as --tensor-parallel-size, or set EP2TP=off"
         )
+    mode, ranks = getattr(arguments, "mm_encoder_tp_mode", None), launch.rules.gpus(launch.values)
+    changes += vllm_arguments.encoder_changes(mode, read_model_config(arguments), ranks)
     changes += vllm_arguments.draft_changes(getattr(arguments, vllm_arguments.DRAFT, None), changes)
     vllm_arguments.apply(changes, arguments, EngineArgs)
     guard.arm()

@@ -12,6 +12,7 @@ from ep2tp.engines.vllm.model_config import resolved_config
 from ep2tp.errors import LaunchError, SeamError
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import ClassName
+from ep2tp.model.same import is_same_model
 from ep2tp.model.sharding import ShardPlan, plan_shards
 from ep2tp.settings import Settings
 
@@ -105,7 +106,7 @@ def _grow(vllm_config: Any, plan: ShardPlan) -> None:
     note = PlanNote(padding.note_of(plan, vllm_config.parallel_config.tensor_parallel_size))
     models = [target]
     draft = getattr(vllm_config.speculative_config, "draft_model_config", None)
-    if draft is not None and draft is not target and draft.model == target.model:
+    if draft is not None and draft is not target and is_same_model(draft.model, target.model):
         models.append(draft)
     for model in models:
         padding.grow([model.hf_config, model.hf_text_config], plan, "vLLM")
