@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 
+from ep2tp.commands.engine_words import command_words, shell_line
 from ep2tp.commands.rewrite import model_of, rewrite_command
 from ep2tp.errors import LaunchError
 from ep2tp.rewrite.parallel_plan import Limits
@@ -168,3 +169,49 @@ def test_prefill_context_parallelism_is_taken_out_only_where_it_needs_deepep() -
     words = ["sglang", "serve", "--model-path", "m", "--tp", "8", "--enable-prefill-cp"]
     assert rewrite_command(words, config={"num_key_value_heads": 8}).changes == []
     assert rewrite_command(words, config={"kv_lora_rank": 512}).words == words[:-1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        """docker run --entrypoint /bin/bash vllm/vllm-openai:latest -c "vllm serve M -dp 8 -ep" """,
+        """docker run IMAGE bash -c "cd /x && exec vllm serve M -dp 8 -ep" """,
+        """bash -c "python3 -m sglang.launch_server --model-path M --ep 8" """,
+        """ssh host "bash -c 'vllm serve M -dp 8 -ep'" """,
+        """ssh host "docker run vllm/vllm-openai:latest M -dp 8 -ep" """,
+    ],
+)
+def test_a_launch_inside_a_quoted_word_is_refused(command: str) -> None:
+    with pytest.raises(LaunchError, match="the launch is inside this quoted word; give it alone, and unquoted"):
+        rewrite_command(shlex.split(command))
+
+
+def test_a_quoted_word_beside_the_engine_is_no_launch() -> None:
+    words = shlex.split("""vllm serve M -ep --served-model-name "vllm serve M" "it's" """)
+    assert rewrite_command(words).words == [word for word in words if word != "-ep"]
+
+
+def test_a_command_given_as_one_word_is_split() -> None:
+    words = ["vllm", "serve", "a b", "-ep"]
+    assert command_words(["vllm serve 'a b' \\\n -ep\n"]) == words
+    assert command_words(words) == words
+    assert command_words(["ls"]) == ["ls"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("cd /x && vllm serve M -ep", "'&' in a quoted command is for a shell"),
+        ("vllm serve $MODEL -ep", "'\\$' in a quoted command is for a shell"),
+        ("vllm serve 'M -ep", "No closing quotation"),
+    ],
+)
+def test_a_quoted_command_that_only_a_shell_can_split_is_refused(command: str, message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        command_words([command])
+
+
+def test_assignments_before_the_engine_stay_assignments() -> None:
+    words = ["NCCL_X=a b", "_Y=1", "Z=", "1X=a b", "vllm", "serve", "M", "X=a b"]
+    assert shell_line(words) == "NCCL_X='a b' _Y=1 Z= '1X=a b' vllm serve M 'X=a b'"
+    assert shlex.split(shell_line(words)) == words
