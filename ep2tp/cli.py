@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 
 import click
@@ -12,7 +11,7 @@ from ep2tp.checkpoint.commands import reshard_command, verify_command
 from ep2tp.commands.plan import plan_command
 from ep2tp.commands.tune import tune_command
 from ep2tp.doctor.commands import doctor_command
-from ep2tp.errors import Ep2tpError
+from ep2tp.errors import Ep2tpError, NoExpertsError
 from ep2tp.observe.commands import detect_command
 
 
@@ -54,7 +53,7 @@ def patches(model: str | None, tp: int | None) -> None:
 
 @main.command(
     short_help="Print a launch command as tensor parallel; start nothing.",
-    context_settings={"ignore_unknown_options": True},
+    context_settings={"allow_interspersed_args": False},  # from its first word on, all of COMMAND is COMMAND's
 )
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True)
 def rewrite(command: tuple[str, ...]) -> None:
@@ -64,13 +63,20 @@ def rewrite(command: tuple[str, ...]) -> None:
     ep2tp rewrite -- vllm serve MODEL --data-parallel-size 4 --enable-expert-parallel
     """
     from ep2tp.commands import listing
+    from ep2tp.commands.engine_words import command_words, shell_line
     from ep2tp.commands.rewrite import model_of, rewrite_command
     from ep2tp.rewrite.parallel_plan import Limits
 
-    facts, why_no_facts = listing.facts_for(model_of(command))
+    words = command_words(command)
+    try:
+        facts, why_no_facts = listing.facts_for(model_of(words))
+    except NoExpertsError as error:
+        click.echo(shell_line(words))
+        click.echo(f"{error}; nothing changed.", err=True)
+        return
     limits = Limits(facts.heads, facts.kv_heads, facts.vocabulary) if facts else None
-    rewritten = rewrite_command(command, limits, facts.config if facts else None)
-    click.echo(shlex.join(rewritten.words))
+    rewritten = rewrite_command(words, limits, facts.config if facts else None)
+    click.echo(shell_line(rewritten.words))
     listing.print_changes(rewritten.changes, facts, why_no_facts, rewritten.gpus)
 
 

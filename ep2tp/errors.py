@@ -17,6 +17,10 @@ class ModelError(Ep2tpError, ValueError):
     """A model's config.json lacks what ep2tp needs, or contradicts itself."""
 
 
+class NoExpertsError(ModelError):
+    """A model's config.json names no routed experts: there is nothing to rewrite."""
+
+
 class CheckpointError(Ep2tpError, ValueError):
     """A checkpoint's files or tensors do not match its config."""
 

@@ -72,6 +72,43 @@ def test_rewrite_says_where_the_plugin_is_needed(model: Path) -> None:
     assert "does not divide into whole blocks over 2 ranks" in err
 
 
+@pytest.mark.parametrize("flag", ["-dph", "-h"])
+def test_rewrite_takes_no_flag_after_the_first_word(flag: str) -> None:
+    _, out, err = run("rewrite", "vllm", "serve", "-tp", "8", flag)
+    assert "Usage" not in out + err
+    assert out == f"vllm serve -tp 8 {flag}\n"
+
+
+def test_rewrite_keeps_the_dashes_of_another_program() -> None:
+    _, out, _ = run("rewrite", "uv", "run", "--", "vllm", "serve", "-ep", "-tp", "8")
+    assert out == "uv run -- vllm serve -tp 8\n"
+
+
+def test_rewrite_takes_a_quoted_command() -> None:
+    status, out, _ = run("rewrite", "X='a b' vllm serve -dp 8 -ep")
+    assert (status, out) == (0, "X='a b' vllm serve --tensor-parallel-size 8\n")
+
+
+def test_rewrite_checks_a_model_after_a_setting(model: Path) -> None:
+    status, _, err = run("rewrite", "--", "vllm", "serve", "-dp", "3", "-ep", str(model))
+    assert status == 1
+    assert "Sizes up to 3 that work: 1, 2" in err
+
+
+def test_rewrite_says_that_it_did_not_find_the_model(model: Path) -> None:
+    status, _, err = run("rewrite", "--", "vllm", "serve", "-dp", "3", "-ep", "--port", "80", str(model))
+    assert status == 0
+    assert "the model's name was not found in the command (put it right after 'serve')" in err
+
+
+def test_rewrite_leaves_a_model_without_experts_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    words = ["vllm", "serve", str(tmp_path), "-dp", "4", "-ep"]
+    status, out, err = run("rewrite", "--", "X=a b", *words)
+    assert (status, out) == (0, f"X='a b' {' '.join(words)}\n")
+    assert "names no routed experts (model_type 'llama'); nothing changed" in err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

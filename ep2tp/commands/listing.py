@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ep2tp.errors import Ep2tpError
+from ep2tp.errors import Ep2tpError, NoExpertsError
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import Family
 from ep2tp.model.sharding import plan_shards
@@ -78,11 +78,17 @@ def print_changes(changes: Sequence[Change], facts: ModelFacts | None, why_no_fa
 
 
 def facts_for(model: str | None) -> tuple[ModelFacts | None, str]:
-    """The facts of the model that a command serves, where its config is found; else None, and why."""
+    """The facts of the model that a command serves, where its config is found; else None, and why.
+
+    Raises:
+        NoExpertsError: the config is found, and names no routed experts.
+    """
     if model is None:
-        return None, "the command names no model"
+        return None, "the model's name was not found in the command (put it right after 'serve')"
     try:
         return load_facts(model), ""
+    except NoExpertsError:
+        raise
     except Ep2tpError as error:
         return None, str(error)
 

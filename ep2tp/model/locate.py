@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ep2tp.errors import ModelError, PatchError
+from ep2tp.errors import ModelError, NoExpertsError, PatchError
 from ep2tp.model.facts import ModelFacts, is_moe, read_config, read_facts
 from ep2tp.model.families import Family, find_family
 
@@ -75,11 +75,12 @@ def facts_of(config: Mapping[str, Any], source: str, families: Mapping[str, Fami
     """The facts of a model with this config, which messages call ``source``.
 
     Raises:
-        ModelError: a config without routed experts, or without what the patch needs.
+        NoExpertsError: a config without routed experts.
+        ModelError: a config without what the patch needs.
         PatchError: no patch matches.
     """
     if not is_moe(config):
-        raise ModelError(f"{source}: config.json names no routed experts (model_type {config.get('model_type')!r})")
+        raise NoExpertsError(f"{source}: config.json names no routed experts (model_type {config.get('model_type')!r})")
     found = find_family(config, families)
     if found is None:
         raise PatchError(

@@ -4,7 +4,9 @@ import shlex
 
 import pytest
 
-from ep2tp.commands.rewrite import model_of, rewrite_command
+from ep2tp.commands.engine_words import command_words, shell_line
+from ep2tp.commands.rewrite import full_flags, model_of, rewrite_command
+from ep2tp.engines.vllm.arguments import RULES as VLLM
 from ep2tp.errors import LaunchError
 from ep2tp.rewrite.parallel_plan import Limits
 
@@ -158,6 +160,17 @@ def test_heads_are_checked_where_the_model_is_known() -> None:
         ("python -m vllm.entrypoints.openai.api_server --model org/M", "org/M"),
         ("vllm serve --port 1", None),
         ("docker run --name serve --model x IMAGE vllm serve org/M", "org/M"),
+        ("sglang serve org/M --tp 8", "org/M"),
+        ("vllm serve -dp 3 -ep org/M", "org/M"),
+        ("vllm serve --no-enable-eplb -dp 3 org/M --port 1", "org/M"),
+        ("vllm serve --data-parallel-size=3 org/M -ep", "org/M"),
+        ("vllm serve -ep --port 1 org/M", None),
+        ("vllm serve -ep --trust-remote-code org/M", None),
+        ("vllm bench throughput -ep --port 1", None),
+        ("docker run -v /a:/b vllm/vllm-openai:latest org/M -dp 3 -ep", "org/M"),
+        ("docker run vllm/vllm-openai:latest -dp 3 -ep org/M", "org/M"),
+        ("docker run --entrypoint vllm vllm/vllm-openai:latest serve org/M", "org/M"),
+        ("docker run vllm/vllm-openai:latest", None),
     ],
 )
 def test_the_model_of_a_command(command: str, model: str | None) -> None:
@@ -168,3 +181,149 @@ def test_prefill_context_parallelism_is_taken_out_only_where_it_needs_deepep() -
     words = ["sglang", "serve", "--model-path", "m", "--tp", "8", "--enable-prefill-cp"]
     assert rewrite_command(words, config={"num_key_value_heads": 8}).changes == []
     assert rewrite_command(words, config={"kv_lora_rank": 512}).words == words[:-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "full"),
+    [
+        (
+            "vllm serve M --tensor-parallel 8 -dp 2 -ep",
+            "--tensor-parallel: write the flag in full: --tensor-parallel-size",
+        ),
+        ("vllm serve M -tp 8 --enable-expert", "--enable-expert: write the flag in full: --enable-expert-parallel"),
+        ("vllm serve M -tp 8 -e", "-e: write the flag in full: -ep"),
+        ("vllm serve M -ep --data_parallel_start=8", "in full: --data-parallel-start-rank"),
+        ("vllm serve M --no-enable-expert", "in full: --no-enable-expert-parallel"),
+        ("vllm serve M --kernel-conf.moe_backend X", "in full: --kernel-config"),
+        ("vllm serve M --data-parallel-r 8 -ep", "in full: --data-parallel-rpc-port or --data-parallel-rank"),
+        ("sglang serve M --tp 8 --expert-parallel 8", "in full: --expert-parallel-size"),
+        ("sglang serve M --tp 8 --moe-a2a deepep", "in full: --moe-a2a-backend"),
+    ],
+)
+def test_an_abbreviated_flag_is_refused(words: str, full: str) -> None:
+    with pytest.raises(LaunchError, match=full):
+        rewrite_command(shlex.split(words))
+    with pytest.raises(LaunchError, match=full):
+        model_of(shlex.split(words))
+
+
+@pytest.mark.parametrize("word", ["-", "--", "-1", "-h", "M", "--n", "--max-model-len", "--no-enable-log-requests"])
+def test_a_word_that_abbreviates_no_flag_of_the_rules_is_fine(word: str) -> None:
+    assert full_flags(word, VLLM) == []
+
+
+@pytest.mark.parametrize(
+    ("kernels", "expected"),
+    [
+        ("""--kernel-config '{"moe_backend": "deep_gemm_mega_moe"}'""", ""),
+        ("--kernel-config.moe_backend=deep_gemm_mega_moe", ""),
+        ("--kernel_config.moe_backend deep_gemm_mega_moe", ""),
+        ("--moe-backend auto --kernel-config.moe_backend deep_gemm_mega_moe", ""),
+        ("--moe-backend deep_gemm_mega_moe --kernel-config.moe_backend triton", ""),
+        (
+            """--kernel-config='{"moe_backend": "deep-gemm-mega-moe", "x": 1}'""",
+            """--kernel-config '{"x": 1}'""",
+        ),
+    ],
+)
+def test_a_kernel_config_with_a_backend_of_expert_parallelism_asks_for_it(kernels: str, expected: str) -> None:
+    words = shlex.split(f"vllm serve M -dp 4 {kernels} --port 80")
+    after = shlex.split(f"vllm serve M {expected} --port 80 --tensor-parallel-size 4")
+    rewritten = rewrite_command(words)
+    assert rewritten.words == after
+    assert "moe_backend" in [change.setting.field for change in rewritten.changes]
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        "--kernel-config.moe_backend triton",
+        "--moe-backend triton --kernel-config.moe_backend deep_gemm_mega_moe",
+        "--kernel-config '{not JSON'",
+        "--kernel-config '[1]'",
+        "--speculative-config.moe_backend deep_gemm_mega_moe",
+    ],
+)
+def test_another_kernel_config_asks_for_nothing(kernels: str) -> None:
+    words = shlex.split(f"vllm serve M -dp 4 {kernels}")
+    assert rewrite_command(words).words == words
+
+
+@pytest.mark.parametrize("flag", ["--kernel-config", "--speculative-config"])
+def test_a_json_flag_without_its_value_is_refused(flag: str) -> None:
+    with pytest.raises(LaunchError, match=f"{flag}: the command ends"):
+        rewrite_command(shlex.split(f"vllm serve M -ep {flag}"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        """docker run --entrypoint /bin/bash vllm/vllm-openai:latest -c "vllm serve M -dp 8 -ep" """,
+        """docker run IMAGE bash -c "cd /x && exec vllm serve M -dp 8 -ep" """,
+        """bash -c "python3 -m sglang.launch_server --model-path M --ep 8" """,
+        """ssh host "bash -c 'vllm serve M -dp 8 -ep'" """,
+        """ssh host "docker run vllm/vllm-openai:latest M -dp 8 -ep" """,
+    ],
+)
+def test_a_launch_inside_a_quoted_word_is_refused(command: str) -> None:
+    with pytest.raises(LaunchError, match="the launch is inside this quoted word; give it alone, and unquoted"):
+        rewrite_command(shlex.split(command))
+
+
+def test_a_quoted_word_beside_the_engine_is_no_launch() -> None:
+    words = shlex.split("""vllm serve M -ep --served-model-name "vllm serve M" "it's" """)
+    assert rewrite_command(words).words == [word for word in words if word != "-ep"]
+
+
+def test_a_command_given_as_one_word_is_split() -> None:
+    words = ["vllm", "serve", "a b", "-ep"]
+    assert command_words(["vllm serve 'a b' \\\n -ep\n"]) == words
+    assert command_words(words) == words
+    assert command_words(["ls"]) == ["ls"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("cd /x && vllm serve M -ep", "'&' in a quoted command is for a shell"),
+        ("vllm serve $MODEL -ep", "'\\$' in a quoted command is for a shell"),
+        ("vllm serve 'M -ep", "No closing quotation"),
+    ],
+)
+def test_a_quoted_command_that_only_a_shell_can_split_is_refused(command: str, message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        command_words([command])
+
+
+def test_assignments_before_the_engine_stay_assignments() -> None:
+    words = ["NCCL_X=a b", "_Y=1", "Z=", "1X=a b", "vllm", "serve", "M", "X=a b"]
+    assert shell_line(words) == "NCCL_X='a b' _Y=1 Z= '1X=a b' vllm serve M 'X=a b'"
+    assert shlex.split(shell_line(words)) == words
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "VLLM_DP_SIZE=2",
+        "env VLLM_DP_SIZE=16",
+        "docker run -e VLLM_DP_SIZE=2 IMAGE",
+        "docker run --env=VLLM_DP_SIZE=2 IMAGE",
+    ],
+)
+def test_a_process_per_data_parallel_rank_is_refused(before: str) -> None:
+    with pytest.raises(LaunchError, match=r"VLLM_DP_SIZE=\d+ starts one process per data-parallel rank.*Unset it"):
+        rewrite_command(shlex.split(f"{before} vllm serve M -ep -tp 4"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "VLLM_DP_SIZE=1 vllm serve M -ep -tp 4",
+        "VLLM_DP_SIZE=0 vllm serve M -ep -tp 4",
+        "MY_VLLM_DP_SIZE=2 vllm serve M -ep -tp 4",
+        "VLLM_DP_SIZE=2 vllm serve M -tp 4",
+        "VLLM_DP_SIZE=2 sglang serve M --ep 4 --tp 4",
+    ],
+)
+def test_other_launches_are_not_refused_for_a_process_per_rank(command: str) -> None:
+    rewrite_command(shlex.split(command))
