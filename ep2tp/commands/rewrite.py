@@ -15,6 +15,7 @@ from ep2tp.commands.json_settings import JSON_FLAGS, Edit, json_edits, with_kern
 from ep2tp.engines.sglang.arguments import RULES as SGLANG
 from ep2tp.engines.sglang.arguments import without_harmless_prefill_cp
 from ep2tp.engines.vllm.arguments import RULES as VLLM
+from ep2tp.engines.vllm.arguments import encoder_changes
 from ep2tp.errors import LaunchError
 from ep2tp.rewrite.parallel_plan import (
     Change,
@@ -90,13 +91,20 @@ def rewrite_command(
         word for change in changes if change.after is not None for word in (change.setting.flags[0], str(change.after))
     ]
     if rules is VLLM and changes:
+        of_encoder = encoder_changes(_encoder_mode(words[first:]), config, rules.gpus(values))
+        given += [word for change in of_encoder for word in (change.setting.flags[0], str(change.after))]
         of_json, of_draft = json_edits(words, first, changes)
         edits += of_json
-        changes = [*changes, *of_draft]
+        changes = [*changes, *of_encoder, *of_draft]
     kept = list(words)
     for start, stop, instead in sorted(edits, reverse=True):
         kept[start:stop] = instead
     return RewrittenCommand(rules.engine, kept + given, changes, rules.gpus(values))
+
+
+def _encoder_mode(arguments: Sequence[str]) -> str | None:
+    """The image encoder's mode: vLLM's default, or None where the command chooses one."""
+    return None if any(_flag_of(word) == "--mm-encoder-tp-mode" for word in arguments) else "weights"
 
 
 def model_of(words: Sequence[str]) -> str | None:

@@ -327,3 +327,11 @@ def test_a_process_per_data_parallel_rank_is_refused(before: str) -> None:
 )
 def test_other_launches_are_not_refused_for_a_process_per_rank(command: str) -> None:
     rewrite_command(shlex.split(command))
+
+
+@pytest.mark.parametrize("given", [[], ["--mm-encoder-tp-mode", "data"]])
+def test_an_image_encoder_whose_heads_do_not_divide_encodes_whole_images(given: list[str]) -> None:
+    words = ["vllm", "serve", "M", "-dp", "8", "-ep", *given]
+    for heads, more in ((12, ["--mm-encoder-tp-mode", "data"]), (16, given)):
+        rewritten = rewrite_command(words, config={"vision_config": {"num_heads": heads}})
+        assert rewritten.words[3:] == [*given, "--tensor-parallel-size", "8", *([] if given else more)]
