@@ -14,8 +14,8 @@ from ep2tp.commands.engine_words import is_vllm_image, split_at_engine
 from ep2tp.commands.json_settings import JSON_FLAGS, Edit, json_edits, with_kernel_backend
 from ep2tp.engines.sglang.arguments import RULES as SGLANG
 from ep2tp.engines.sglang.arguments import without_harmless_prefill_cp
+from ep2tp.engines.vllm.arguments import PROCESS_PER_RANK, encoder_changes, process_per_rank
 from ep2tp.engines.vllm.arguments import RULES as VLLM
-from ep2tp.engines.vllm.arguments import encoder_changes
 from ep2tp.errors import LaunchError
 from ep2tp.rewrite.parallel_plan import (
     Change,
@@ -30,7 +30,7 @@ _MODEL_FLAGS = ("--model", "--model-path")
 # Options of the engines themselves that a flag of the rules happens to begin with ("vllm bench throughput --n 2").
 _WHOLE_FLAGS = frozenset({"--n"})
 # As a shell and env take it, or docker run's --env.
-_PROCESS_PER_RANK = re.compile(r"(?:--env=|-e)?(VLLM_DP_SIZE=0*(?:[2-9]|[1-9]\d+))")
+_PROCESS_PER_RANK = re.compile(rf"(?:--env=|-e)?({PROCESS_PER_RANK}=0*(?:[2-9]|[1-9]\d+))")
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,7 @@ def _flag_of(word: str) -> str:
 
 
 def _refuse_process_per_rank(before_engine: Sequence[str]) -> None:
-    """Refuse what the plugin refuses in the environment of a launch (``ep2tp/engines/vllm/launch.py``)."""
+    """Refuse what the plugin refuses in the environment of a launch."""
     for word in before_engine:
         if found := _PROCESS_PER_RANK.fullmatch(word):
-            raise LaunchError(
-                f"{found[1]} starts one process per data-parallel rank; tensor parallelism is one launch over all "
-                "GPUs. Unset it and start once with the product as --tensor-parallel-size, or run this one as given "
-                "with EP2TP=off"
-            )
+            raise process_per_rank(found[1])

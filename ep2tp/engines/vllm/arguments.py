@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ep2tp.errors import LaunchError
 from ep2tp.model.encoder import uneven_encoder_heads
 from ep2tp.rewrite.parallel_plan import Change, LaunchRules, Setting
 
@@ -98,6 +99,17 @@ RULES = LaunchRules(
         ),
     ),
 )
+
+
+PROCESS_PER_RANK = "VLLM_DP_SIZE"
+
+
+def process_per_rank(variable: str) -> LaunchError:
+    """Why a launch in whose environment ``variable`` (with its value) starts each data-parallel rank is refused."""
+    return LaunchError(
+        f"{variable} starts one process per data-parallel rank; tensor parallelism is one launch over all GPUs. Unset "
+        "it and start once with the product as --tensor-parallel-size, or set EP2TP=off"
+    )
 
 
 def given_values(arguments: Any, defaults: Any) -> dict[str, Any]:

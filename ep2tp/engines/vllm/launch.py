@@ -11,13 +11,11 @@ from ep2tp.engines.launch import Launch, changes_of
 from ep2tp.engines.vllm import arguments as vllm_arguments
 from ep2tp.engines.vllm import seams
 from ep2tp.engines.vllm.model_config import read_model_config
-from ep2tp.errors import LaunchError
 from ep2tp.rewrite import guard
 from ep2tp.rewrite.parallel_plan import Change
 from ep2tp.settings import Mode, Settings
 
 _RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
-_PROCESS_PER_RANK = "VLLM_DP_SIZE"
 
 
 def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]:
@@ -29,7 +27,7 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    processes = int(os.environ.get(_PROCESS_PER_RANK, "1"))
+    processes = int(os.environ.get(vllm_arguments.PROCESS_PER_RANK, "1"))
     launch = Launch(
         rules=vllm_arguments.RULES,
         values=vllm_arguments.given_values(arguments, EngineArgs),
@@ -44,10 +42,7 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
     if not decision.rewrite:
         return decision, []
     if processes > 1:
-        raise LaunchError(
-            f"{_PROCESS_PER_RANK}={processes} starts one process per data-parallel rank; tensor parallelism is one "
-            "launch over all GPUs. Unset it and start once with the product as --tensor-parallel-size, or set EP2TP=off"
-        )
+        raise vllm_arguments.process_per_rank(f"{vllm_arguments.PROCESS_PER_RANK}={processes}")
     mode, ranks = getattr(arguments, "mm_encoder_tp_mode", None), launch.rules.gpus(launch.values)
     changes += vllm_arguments.encoder_changes(mode, read_model_config(arguments), ranks)
     changes += vllm_arguments.draft_changes(getattr(arguments, vllm_arguments.DRAFT, None), changes)
