@@ -17,7 +17,8 @@ WHICH_VLLM = (
 
 def merged(in_vllm: Sequence[list[str]], in_sglang: Sequence[list[str]]) -> list[list[str]]:
     """Sections of sentences; what is said of one engine only begins with its name."""
-    return [merged_lines(*pair) for pair in zip_longest(in_vllm, in_sglang, fillvalue=[])]
+    empty: list[str] = []
+    return [merged_lines(mine, other) for mine, other in zip_longest(in_vllm, in_sglang, fillvalue=empty)]
 
 
 def merged_lines(in_vllm: list[str], in_sglang: list[str]) -> list[str]:

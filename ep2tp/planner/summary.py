@@ -136,7 +136,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 
 def _named(by_batch: Mapping[int, Assessment | None]) -> dict[str, str | None]:
-    return {str(batch): a and str(a.layout) for batch, a in by_batch.items()}
+    return {str(batch): str(a.layout) if a else None for batch, a in by_batch.items()}
 
 
 def _sizes(best: Assessment | None) -> dict[str, Any] | None:
