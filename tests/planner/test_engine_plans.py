@@ -53,6 +53,8 @@ def test_each_engine_has_its_own_best_plan_and_the_text_does_not_contradict_itse
         "sglang": "TPxPP 4x2",
     }
     assert "--tensor-parallel-size 8 " in str(found.commands["vllm"])
+    assert found.commands["vllm"].note.startswith("vLLM 0.32 or later; ")
+    assert "vLLM 0.32" not in found.commands["sglang"].note
     assert "--tp-size 4 --pp-size 2" in str(found.commands["sglang"])
     [pads] = [line for line in text.splitlines() if "ep2tp pads moe_intermediate_size" in line]
     assert pads.rstrip().endswith("1536 -> 2048 (+33.3%) in SGLang and vLLM before 0.32")
