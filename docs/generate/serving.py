@@ -13,7 +13,8 @@ from typing import NamedTuple
 from docs.generate.markdown import listed, table
 from docs.generate.published import PAGES, Checkpoint, Served
 from ep2tp.planner.advise import Verdict, advise
-from ep2tp.planner.compare import Assessment, Question, assess_all
+from ep2tp.planner.compare import Assessment, Question, as_run_by, assess_all
+from ep2tp.planner.divisibility import ENGINES
 from ep2tp.planner.gpus import find_gpu
 from ep2tp.planner.launch import launches
 from ep2tp.planner.links import built_in
@@ -47,18 +48,28 @@ serve garbage.
 
 The tables show plain tensor parallelism: GB of weights a GPU, how much ep2tp's padding adds to the MLP weights, and for
 each kind of GPU how many sequences of {CONTEXT:,} tokens fit beside the weights ("no": the weights and one sequence do
-not fit). {UNIT}
+not fit). Where vLLM 0.32 and later slice experts exactly that ep2tp pads in SGLang, each engine has a row; for an older
+vLLM, SGLang's holds. {UNIT}
 
 A published recipe with expert parallelism runs as these commands do, without being edited, once ep2tp is installed and
 `EP2TP` is `auto` (without NVLink) or `on`."""
 
 
 class Answer(NamedTuple):
-    """What the planner says of a checkpoint on some GPUs; ``tp`` is plain tensor parallelism."""
+    """What the planner says of a checkpoint on some GPUs; ``tp`` is plain tensor parallelism, padded."""
 
     question: Question
     tp: Assessment
     verdict: Verdict
+
+    def tp_in(self, engine: str) -> Assessment:
+        """Plain tensor parallelism as an engine runs it."""
+        return as_run_by(engine, [self.tp])[0]
+
+    @property
+    def engines(self) -> list[str]:
+        """The engines in which it runs."""
+        return [engine for engine in ENGINES if self.tp_in(engine).runs]
 
 
 def pages() -> dict[str, str]:
@@ -97,13 +108,13 @@ def _checkpoint(served: Served, checkpoint: Checkpoint) -> Iterator[str]:
     yield _named(checkpoint, f"{inventory.total(facts) / GB:.1f} GB of weights")
     yield table(
         ("GPUs", "GB a GPU", "padding", *HEADERS),
-        [_row(served, checkpoint, gpus) for gpus in SIZES],
+        [row for gpus in SIZES for row in _rows(served, checkpoint, gpus)],
         range(1, 3 + len(GPUS)),
     )
     asked = [_ask(served, checkpoint, gpus, EXAMPLE) for gpus in SIZES]
     yield from _blocked(asked)
     yield from _too_large(asked)
-    fitting = [answer for answer in asked if answer.tp.runs]
+    fitting = [answer for answer in asked if answer.engines]
     if not fitting:
         yield "Tensor parallelism needs more GPUs, or [several machines](../multi-node.md)."
         return
@@ -130,16 +141,25 @@ def _blocked(asked: list[Answer]) -> Iterator[str]:
 
 
 def _too_large(asked: list[Answer]) -> Iterator[str]:
-    needs = {
-        str(question.gpus): f"{(tp.weights.total + tp.cache) / GB:.1f}"
-        for question, tp, _ in asked
-        if not (tp.blockers or tp.fits)
-    }
-    if needs:
+    for engines, needs in _needs(asked).items():
+        where = "" if len(engines) == len(ENGINES) else f" in {engines[0]}"
         yield (
-            f"{listed(needs)} x {EXAMPLE}: does not fit; weights and one sequence are {listed(needs.values())} GB a "
-            f"GPU, of {USABLE} usable."
+            f"{listed(needs)} x {EXAMPLE}: does not fit{where}; weights and one sequence are {listed(needs.values())} "
+            f"GB a GPU, of {USABLE} usable."
         )
+
+
+def _needs(asked: list[Answer]) -> dict[tuple[str, ...], dict[str, str]]:
+    """By the engines in which TP does not fit, and number of GPUs: the GB that the one that needs least would take."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for answer in asked:
+        too_large = [engine for engine in ENGINES if not answer.tp_in(engine).fits]
+        if too_large and not answer.tp.blockers:
+            tp = answer.tp_in(too_large[0])
+            found.setdefault(tuple(too_large), {})[str(answer.question.gpus)] = (
+                f"{(tp.weights.total + tp.cache) / GB:.1f}"
+            )
+    return found
 
 
 @cache
@@ -151,26 +171,36 @@ def _ask(served: Served, checkpoint: Checkpoint, gpus: int, gpu: str) -> Answer:
     return Answer(question, next(a for a in assessed if a.layout.plan == "TP"), advise(question, assessed))
 
 
-def _row(served: Served, checkpoint: Checkpoint, gpus: int) -> tuple[str, ...]:
-    fits = []
-    for gpu in GPUS:
-        tp = _ask(served, checkpoint, gpus, gpu).tp
-        fits.append(f"{tp.sequences:,}" if tp.runs else "no")
+def _rows(served: Served, checkpoint: Checkpoint, gpus: int) -> Iterator[tuple[str, ...]]:
+    answers = [_ask(served, checkpoint, gpus, gpu) for gpu in GPUS]
+    if answers[0].tp.in_vllm is None:
+        yield _row(str(gpus), [answer.tp for answer in answers])
+        return
+    for engine in ENGINES:
+        yield _row(f"{gpus}, {engine}", [answer.tp_in(engine) for answer in answers])
+
+
+def _row(name: str, by_gpu: list[Assessment]) -> tuple[str, ...]:
+    """A row; of ``by_gpu`` the weights are the same."""
+    fits = [f"{tp.sequences:,}" if tp.runs else "no" for tp in by_gpu]
+    tp = by_gpu[-1]
     if tp.blockers:
-        return (str(gpus), "—", "—", *["no"] * len(GPUS))
+        return (name, "—", "—", *["no"] * len(by_gpu))
     padding = f"+{tp.weights.padding_share:.0%}" if tp.weights.padding_share >= 0.005 else "none"
-    return (str(gpus), f"{tp.weights.total / GB:.1f}", padding, *fits)
+    return (name, f"{tp.weights.total / GB:.1f}", padding, *fits)
 
 
 def _commands(fitting: list[Answer]) -> str:
     blocks = []
-    for engine, name in (("vllm", "vLLM"), ("sglang", "SGLang")):
+    for engine in ENGINES:
         lines = [
-            f"    # {question.gpus} x {EXAMPLE}\n    {_wrapped(str(launches(question, tp)[engine]))}"
-            for question, tp, _ in fitting
+            f"    # {answer.question.gpus} x {EXAMPLE}\n    "
+            f"{_wrapped(str(launches(answer.question, answer.tp)[engine.lower()]))}"
+            for answer in fitting
+            if engine in answer.engines
         ]
-        body = "\n\n".join(lines)
-        blocks.append(f'=== "{name}"\n\n    ```bash\n{body}\n    ```')
+        body = "\n\n".join(lines) or f"    # none fits in {engine}"
+        blocks.append(f'=== "{engine}"\n\n    ```bash\n{body}\n    ```')
     return "\n\n".join(blocks)
 
 
@@ -185,11 +215,12 @@ def _notes(asked: list[Answer]) -> Iterator[str]:
     unread = [name for key, name in (("vllm", "vLLM"), ("sglang", "SGLang")) if key not in facts.family.checked]
     if unread:
         yield f"The model code of {unread[0]} was not compared with this patch."
-    other = [
-        f"{question.gpus} GPUs: {verdict.best.layout}"
-        for question, tp, verdict in asked
-        if tp.runs and verdict.best is not None and verdict.best is not tp
-    ]
+    if any(answer.tp.padded_in == ("SGLang",) for answer in asked):
+        yield (
+            "The padding is ep2tp's, in SGLang only. vLLM slices these experts itself, in whole blocks, so that its "
+            "fullest rank holds as much."
+        )
+    other = [found for answer in asked if (found := _preferred(answer))]
     if other:
         batches = ", ".join(map(str, asked[0].question.batches))
         yield (
@@ -205,6 +236,20 @@ def _notes(asked: list[Answer]) -> Iterator[str]:
             "`EP2TP=off` such a launch runs as given:"
         )
         yield "\n".join(wins)
+
+
+def _preferred(answer: Answer) -> str:
+    """Which plan is preferred to plain tensor parallelism that runs, and in which engine if not in both; or nothing."""
+    if answer.tp.in_vllm is None:
+        chosen = {"": answer.verdict.best} if answer.tp.runs else {}
+    else:
+        chosen = {f" in {engine}": answer.verdict.by_engine[engine.lower()] for engine in answer.engines}
+    plans = {where: best.layout for where, best in chosen.items() if best and best.layout != answer.tp.layout}
+    if not plans:
+        return ""
+    if len(plans) == len(ENGINES) and len(set(plans.values())) == 1:
+        plans = {"": next(iter(plans.values()))}
+    return f"{answer.question.gpus} GPUs: " + ", ".join(f"{layout}{where}" for where, layout in plans.items())
 
 
 def _index() -> str:
@@ -238,6 +283,8 @@ where tensor parallelism does not: [choosing a plan](../choosing-a-plan.md).""".
 def _least(served: Served, checkpoint: Checkpoint) -> list[str]:
     found = []
     for gpu in GPUS:
-        runs = (gpus for gpus in SIZES if _ask(served, checkpoint, gpus, gpu).tp.runs)
-        found.append(str(next(runs, "—")))
+        answers = [_ask(served, checkpoint, gpus, gpu) for gpus in SIZES]
+        least = next((answer for answer in answers if answer.engines), None)
+        where = f", {least.engines[0]}" if least and len(least.engines) < len(ENGINES) else ""
+        found.append(f"{least.question.gpus}{where}" if least else "—")
     return found

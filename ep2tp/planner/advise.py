@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ep2tp.planner import whole_experts
+from ep2tp.planner import per_engine, whole_experts
 from ep2tp.planner.choice import best_plan, fastest, headline, held_batches
-from ep2tp.planner.compare import Assessment, Question
-from ep2tp.planner.divisibility import slices_below_block
+from ep2tp.planner.compare import Assessment, Question, as_run_by
+from ep2tp.planner.divisibility import ENGINES, slices_below_block
 from ep2tp.planner.launch import Launch, launches, longest_context, nccl_settings, refusal
 from ep2tp.planner.memory import GB, usable_bytes
 
@@ -20,14 +20,16 @@ class Verdict:
     """What to run.
 
     Attributes:
-        best: the plan, or None where none fits.
-        by_batch: the fastest plan of each batch, or None where no plan's KV cache holds it.
+        best: the plan, or None where none fits; where padding differs between engines, by the padded figures.
+        by_batch: the fastest plan of each batch, or None where no plan's KV cache holds it; figures as of ``best``.
         reasons: sentences, the most important first.
         ep_is_better: whether a plan with whole experts is clearly the fastest at some batch, or alone holds it.
         ep_is_unavoidable: whether only plans with whole experts run.
         where_ep_wins: the reason that says at which batches a plan with whole experts is the better one, those asked
             for or larger ones; empty where at none.
-        commands: launches of the best plan, by engine.
+        commands: launches of each engine's best plan, by engine.
+        by_engine: for ``vllm`` and ``sglang``, the best plan of those that it runs, with its figures; or None.
+        by_batch_in_vllm: ``by_batch`` by vLLM's figures.
     """
 
     best: Assessment | None
@@ -37,28 +39,95 @@ class Verdict:
     ep_is_unavoidable: bool
     where_ep_wins: str
     commands: dict[str, Launch]
+    by_engine: dict[str, Assessment | None]
+    by_batch_in_vllm: dict[int, Assessment | None]
+
+
+@dataclass(frozen=True)
+class _Advice:
+    """What is said of some plans; ``sections`` are lists of sentences."""
+
+    best: Assessment | None
+    by_batch: dict[int, Assessment | None]
+    sections: tuple[list[str], ...]
+    ep_is_better: bool = False
+    ep_is_unavoidable: bool = False
+    where_ep_wins: str = ""
 
 
 def advise(question: Question, assessed: Sequence[Assessment]) -> Verdict:
-    """Choose among assessed plans, and say why."""
-    running = [a for a in assessed if a.runs]
+    """Choose among assessed plans, for each engine among those that it runs, and say why."""
+    whole = _advice(question, assessed)
+    chosen = {engine: _best_in(question, assessed, engine) for engine in ENGINES}
+    in_vllm = _advice(question, as_run_by("vLLM", assessed), "vLLM")
+    if any(a.in_vllm for a in assessed):
+        in_sglang = _advice(question, assessed, "SGLang")
+        sections = per_engine.merged(in_vllm.sections, in_sglang.sections)
+        sections.insert(2, [per_engine.WHICH_VLLM])
+        wins = " ".join(per_engine.merged_lines([in_vllm.where_ep_wins], [in_sglang.where_ep_wins]))
+    else:
+        chosen = {engine: whole.best if _is_run(whole.best, engine) else best for engine, best in chosen.items()}
+        sections = [*whole.sections, per_engine.other_choices(question, assessed, whole.best, chosen)]
+        wins = whole.where_ep_wins
+    commands = _commands(question, whole.best, chosen)
+    sections.append(_one_node(question, commands))
+    return Verdict(
+        whole.best,
+        whole.by_batch,
+        tuple(line for section in sections for line in section),
+        whole.ep_is_better,
+        whole.ep_is_unavoidable,
+        wins,
+        commands,
+        {engine.lower(): best for engine, best in chosen.items()},
+        in_vllm.by_batch,
+    )
+
+
+def _advice(question: Question, assessed: Sequence[Assessment], engine: str | None = None) -> _Advice:
+    """What is said of the plans that run, in one engine or in any."""
+    running = [a for a in assessed if (a.runs if engine is None else a.runs_in(engine))]
     by_batch = {batch: fastest(running, batch) for batch in question.batches}
     if not running:
-        return Verdict(None, by_batch, tuple(_nothing_runs(question, assessed)), False, False, "", {})
+        return _Advice(None, by_batch, (_nothing_runs(question, assessed, engine),))
     best = best_plan(question, running)
     unavoidable = all(a.layout.plan in whole_experts.PLANS for a in running)
     won = whole_experts.batches_won(question, running)
-    reasons = ["Expert parallelism is unavoidable here: no plan that slices every expert runs."] if unavoidable else []
-    reasons += headline(question, running, best)
-    reasons += _context(question)
-    reasons += _comparison(question, running, best)
     where_ep_wins = whole_experts.where_they_win(question, running, won)
-    reasons += [where_ep_wins] if where_ep_wins else whole_experts.where_they_do_not(question, running)
-    reasons += _what_does_not_run(question, assessed)
-    reasons += _padding(question, best)
-    commands = launches(question, best)
-    reasons += _one_node(question, commands)
-    return Verdict(best, by_batch, tuple(reasons), bool(won), unavoidable, where_ep_wins, commands)
+    sections = (
+        ["Expert parallelism is unavoidable here: no plan that slices every expert runs."] if unavoidable else [],
+        headline(question, running, best),
+        _context(question),
+        _comparison(question, running, best),
+        [where_ep_wins] if where_ep_wins else whole_experts.where_they_do_not(question, running),
+        _what_does_not_run(question, assessed),
+        _padding(question, best),
+    )
+    return _Advice(best, by_batch, sections, bool(won), unavoidable, where_ep_wins)
+
+
+def _best_in(question: Question, assessed: Sequence[Assessment], engine: str) -> Assessment | None:
+    running = [a for a in as_run_by(engine, assessed) if a.runs_in(engine)]
+    return best_plan(question, running) if running else None
+
+
+def _is_run(best: Assessment | None, engine: str) -> bool:
+    return best is not None and best.runs_in(engine)
+
+
+def _commands(
+    question: Question, best: Assessment | None, chosen: Mapping[str, Assessment | None]
+) -> dict[str, Launch]:
+    """Each engine's launch; of an engine that runs no plan, why not the best one of the other."""
+    fallback = best or next((a for a in chosen.values() if a is not None), None)
+    if fallback is None:
+        return {}
+    found = {}
+    for engine, own in chosen.items():
+        launch = launches(question, own or fallback)[engine.lower()]
+        has_room = own is not None or not launch.command
+        found[engine.lower()] = launch if has_room else Launch({}, (), f"no plan fits in {engine}")
+    return found
 
 
 def _context(question: Question) -> list[str]:
@@ -132,15 +201,20 @@ def _what_does_not_run(question: Question, assessed: Sequence[Assessment]) -> li
 
 def _padding(question: Question, best: Assessment) -> list[str]:
     found = []
+    exact = best.plan.left_to_engine if best.plan else {}
     if best.weights.padding:
+        size = f"+{best.weights.padding_share:.1%} of the MLP weights, {best.weights.padding / GB:.2f} GB a GPU"
         found.append(
-            f"ep2tp pads what does not divide: +{best.weights.padding_share:.1%} of the MLP weights, "
-            f"{best.weights.padding / GB:.2f} GB a GPU."
+            f"ep2tp pads what does not divide, in SGLang only: {size}; vLLM slices it itself, and its fullest rank "
+            "holds as much."
+            if best.padded_in == ("SGLang",)
+            else f"ep2tp pads what does not divide: {size}."
         )
     found += [
         f"A slice of the {c.name} weights ({c.size}) is smaller than one block of {c.block}: some ranks hold nothing "
         "but padding; whole experts, or fewer ranks with pipeline stages, use the GPUs better."
         for c in slices_below_block(question.facts, best.layout)
+        if c.name not in exact
     ]
     if nccl_settings(question.link)[2]:
         found.append(f"NCCL: {nccl_settings(question.link)[2]}.")
@@ -157,9 +231,9 @@ def _one_node(question: Question, commands: Mapping[str, Launch]) -> list[str]:
     ]
 
 
-def _nothing_runs(question: Question, assessed: Sequence[Assessment]) -> list[str]:
+def _nothing_runs(question: Question, assessed: Sequence[Assessment], engine: str | None) -> list[str]:
     """What is in the way of all plans: memory of those that could run, or else what blocks them."""
-    able = [a for a in assessed if not a.blockers and a.is_served]
+    able = [a for a in assessed if not a.blockers and (a.is_served_by(engine) if engine else a.is_served)]
     if not able:
         return ["No plan runs on this number of GPUs, whatever their memory.", *_obstacles(question, assessed)]
     least = min(able, key=lambda a: a.weights.total + a.cache)

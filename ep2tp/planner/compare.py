@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from ep2tp.errors import ModelError
 from ep2tp.model.facts import ModelFacts
@@ -10,6 +11,7 @@ from ep2tp.model.sharding import ShardPlan
 from ep2tp.planner import communication as comm
 from ep2tp.planner.communication import Collective
 from ep2tp.planner.divisibility import ENGINES, Behaviour, blockers, stock_behaviour
+from ep2tp.planner.engine_plans import engines_padded, has_other_sizes, plan_in_vllm
 from ep2tp.planner.gpus import Gpu
 from ep2tp.planner.inventory import Inventory
 from ep2tp.planner.layouts import Layout, layouts_for
@@ -60,6 +62,9 @@ class Assessment:
         collectives: those of one MoE layer, by batch.
         alternative: the same by rank-deduplicated all_to_all, for DEP.
         decode, prefill: times.
+        padded_in: the engines in which ep2tp pads it, such as ``SGLang`` and ``vLLM before 0.32``.
+        in_vllm: the same plan as vLLM 0.32 and later run it, where they hold less since nothing is padded.
+        engine: the engine that this is true for, where there are two (SGLang's is that of vLLM before 0.32, too).
     """
 
     layout: Layout
@@ -74,6 +79,14 @@ class Assessment:
     alternative: dict[int, list[Collective]]
     decode: dict[int, Step]
     prefill: Step
+    padded_in: tuple[str, ...] = ()
+    in_vllm: Assessment | None = None
+    engine: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its layout, and its engine where that matters: ``TP 8 vLLM``."""
+        return f"{self.layout} {self.engine}".rstrip()
 
     @property
     def fits(self) -> bool:
@@ -93,8 +106,15 @@ class Assessment:
     @property
     def is_served(self) -> bool:
         """Whether vLLM or SGLang runs it with this checkpoint; vLLM knows no TPxEP."""
-        engines = [engine for engine in ENGINES if (engine, self.layout.plan) != ("vLLM", "TPxEP")]
-        return any(self.obstacle(engine) is None for engine in engines)
+        return any(self.is_served_by(engine) for engine in ENGINES)
+
+    def is_served_by(self, engine: str) -> bool:
+        """Whether that engine runs it with this checkpoint."""
+        return (engine, self.layout.plan) != ("vLLM", "TPxEP") and self.obstacle(engine) is None
+
+    def runs_in(self, engine: str) -> bool:
+        """Whether it runs with ep2tp in that engine."""
+        return self.runs and self.is_served_by(engine)
 
     def obstacle(self, engine: str) -> Behaviour | None:
         """What keeps an engine from running it; None where nothing does.
@@ -115,15 +135,34 @@ def assess_all(question: Question) -> list[Assessment]:
     return [assess(question, layout) for layout in layouts_for(question.gpus)]
 
 
+def as_run_by(engine: str, assessed: Sequence[Assessment]) -> list[Assessment]:
+    """The plans with the figures that are true for an engine."""
+    return [a.in_vllm or a if engine == "vLLM" else a for a in assessed]
+
+
 def assess(question: Question, layout: Layout) -> Assessment:
-    """Assess one plan; one that cannot run is assessed as if its weights could be sliced evenly."""
-    facts, inventory = question.facts, question.inventory
+    """Assess one plan; one that cannot run is assessed as if its weights could be sliced evenly.
+
+    Where ep2tp pads it in one engine only, these are the padded figures, and those of the other are ``in_vllm``.
+    """
+    facts = question.facts
     problems = blockers(facts, layout)
-    plan = None
+    plan = exact = None
     try:
         plan = shard_plan(facts, layout)
+        exact = plan_in_vllm(facts, layout, plan)
     except ModelError as error:
         problems.append(str(error))
+    found = replace(_assess(question, layout, plan, problems), padded_in=engines_padded(layout, plan, exact))
+    if exact is None or not has_other_sizes(exact):
+        return found
+    in_vllm = _assess(question, layout, exact, problems)
+    padded_in = ("vLLM",) if exact.is_padded else ()
+    return replace(found, in_vllm=replace(in_vllm, padded_in=padded_in, engine="vLLM"), engine="SGLang")
+
+
+def _assess(question: Question, layout: Layout, plan: ShardPlan | None, problems: Sequence[str]) -> Assessment:
+    facts, inventory = question.facts, question.inventory
     setting = _setting(question, layout, plan)
     sliced = setting.plan
     weights = weights_of(facts, inventory, layout, sliced)

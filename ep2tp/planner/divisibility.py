@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 from ep2tp.layout.split import refine
@@ -94,6 +95,20 @@ def slices_below_block(facts: ModelFacts, layout: Layout) -> list[TensorClass]:
     ]
 
 
+def refined_block(facts: ModelFacts, ranks: int) -> int | None:
+    """The block to which vLLM 0.32 and 0.33 refine the scales of routed experts that do not divide, or None.
+
+    The rule of :mod:`ep2tp.engines.vllm.experts`, for an engine that is not installed here.
+    """
+    routed = facts.tensor_class("routed")
+    if routed is None or routed.size % (ranks * routed.block) == 0:
+        return None
+    if facts.quantization.method != "fp8" or routed.format_names != f"fp8_block{routed.block}":
+        return None
+    block = refine(routed.size, gcd(routed.block, facts.expert_hidden), ranks)
+    return block if block is not None and block >= _FINEST_REFINED else None
+
+
 def _behaviour(facts: ModelFacts, c: TensorClass, ranks: int) -> Iterator[Behaviour]:
     what = f"{c.name} ({c.size} over {ranks})"
     own = facts.family.exact_in.get("vllm", {}).get(c.name)
@@ -145,8 +160,7 @@ def _fp8_block(facts: ModelFacts, c: TensorClass, ranks: int, what: str) -> Iter
         f"block_n = {block}."
     )
     yield Behaviour("vLLM", "0.25.1", what, "refuses", text, _FP8)
-    refined = refine(c.size, block, ranks)
-    if facts.quantization.method == "fp8" and refined and refined >= _FINEST_REFINED:
+    if refined := refined_block(facts, ranks):
         how = f"repeats the scales on a {refined}x{refined} grid (exact; Triton kernels only)"
         yield Behaviour("vLLM", "0.32.0, 0.33.0", what, "runs", how, "fused_moe/oracle/fp8.py")
     else:

@@ -145,6 +145,8 @@ def _mode(assessed: Assessment) -> dict[str, str]:
 def _note(assessed: Assessment, note: str) -> str:
     if assessed.layout.holds_whole_experts and _is_padded(assessed):
         return "EP2TP=auto rewrites to TP without NVLink; keep whole experts with a checkpoint from ep2tp reshard"
+    if assessed.engine == "vLLM":
+        return "; ".join(part for part in ("vLLM 0.32 or later", note) if part)
     return note
 
 

@@ -19,14 +19,19 @@ from ep2tp.planner.memory import GB, usable_bytes
 def print_report(console: Console, question: Question, assessed: Sequence[Assessment], verdict: Verdict) -> None:
     """Everything, the verdict last, where the eye is when the command ends."""
     _print_header(console, question)
-    for table in _fitting(console, question.batches, lambda some: _time_table(question, assessed, verdict, some)):
+    rows = [row for a in assessed for row in ((a.in_vllm, a) if a.in_vllm else (a,))]
+    fastest = [verdict.by_batch]
+    if len(rows) > len(assessed):
+        fastest.append(verdict.by_batch_in_vllm)
+        console.print("plans named vLLM: 0.32 and later; those named SGLang: vLLM before 0.32, too")
+    for table in _fitting(console, question.batches, lambda some: _time_table(question, rows, fastest, some)):
         console.print(table)
-    if not all(a.holds(batch) for a in assessed if a.runs for batch in question.batches):
+    if not all(a.holds(batch) for a in rows if a.runs for batch in question.batches):
         console.print("! more sequences of this context than the KV cache holds at once\n")
-    console.print(_memory_table(question, assessed))
+    console.print(_memory_table(question, rows))
     for table in _fitting(console, question.batches, lambda some: _communication_table(assessed, some)):
         console.print(table)
-    _print_divisibility(console, assessed, verdict.best)
+    _print_divisibility(console, assessed, verdict)
     _print_verdict(console, verdict)
 
 
@@ -61,7 +66,10 @@ def _fitting(
 
 
 def _time_table(
-    question: Question, assessed: Sequence[Assessment], verdict: Verdict, batches: tuple[int, ...]
+    question: Question,
+    assessed: Sequence[Assessment],
+    fastest: Sequence[dict[int, Assessment | None]],
+    batches: tuple[int, ...],
 ) -> Table:
     table = _table(f"Decode, ms a token (computed bound; context {question.context})")
     table.add_column("plan", no_wrap=True, min_width=10)
@@ -74,11 +82,11 @@ def _time_table(
     for a in assessed:
         cells: list[str | Text] = []
         for batch in batches:
-            is_best = verdict.by_batch.get(batch) is a
+            is_best = any(found.get(batch) is a for found in fastest)
             mark = "" if a.holds(batch) or not a.runs else "!"
             cells.append(Text(mark + _ms(a.decode[batch].total), style="bold green" if is_best else ""))
         row: list[str | Text] = [
-            str(a.layout),
+            a.name,
             *cells,
             ("" if a.holds(last) or not a.runs else "!") + f"{1e3 * last / a.decode[last].total:.0f}",
             _ms(a.prefill.total),
@@ -96,7 +104,7 @@ def _memory_table(question: Question, assessed: Sequence[Assessment]) -> Table:
         w = a.weights
         parts = (w.total, w.routed, w.shared, w.dense, w.attention, w.embeddings, w.other + w.encoder, w.padding)
         cells = [_gb(part) for part in parts]
-        table.add_row(str(a.layout), *cells, f"{a.cache / GB:.2f}", str(max(0, a.sequences)))
+        table.add_row(a.name, *cells, f"{a.cache / GB:.2f}", str(max(0, a.sequences)))
     table.add_row("whole copy", _gb(question.inventory.total(question.facts)), *[""] * 9, style="dim")
     return table
 
@@ -119,20 +127,31 @@ def _communication_table(assessed: Sequence[Assessment], batches: tuple[int, ...
     return table
 
 
-def _print_divisibility(console: Console, assessed: Sequence[Assessment], best: Assessment | None) -> None:
+def _print_divisibility(console: Console, assessed: Sequence[Assessment], verdict: Verdict) -> None:
+    chosen = {best.layout for best in (verdict.best, *verdict.by_engine.values()) if best}
     for a in assessed:
-        if not (a.stock or a.blockers) or (a.layout.plan not in ("TP", "TEP") and a is not best):
+        if not (a.stock or a.blockers) or (a.layout.plan not in ("TP", "TEP") and a.layout not in chosen):
             continue
         console.print(f"\n[bold]{a.layout}[/] does not divide:")
         for blocker in a.blockers:
             _print_item(console, Text(f"{blocker}; neither ep2tp nor an engine changes that"))
         for field, (before, after) in (a.plan.fields if a.plan else {}).items():
-            _print_item(console, Text(f"ep2tp pads {field} {before} -> {after} (+{after / before - 1:.1%})"))
+            _print_item(
+                console, Text(f"ep2tp pads {field} {before} -> {after} (+{after / before - 1:.1%}){_where(a, field)}")
+            )
         for behaviour in a.stock:
             colour = {"runs": "green", "refuses": "yellow", "wrong in silence": "red"}[behaviour.outcome]
             line = Text(f"{behaviour.engine} {behaviour.versions}, {behaviour.what}: ")
             line.append(behaviour.outcome, style=colour)
             _print_item(console, line.append(f": {behaviour.text}"))
+
+
+def _where(a: Assessment, field: str) -> str:
+    """In which engines a field is padded, where not in both."""
+    engines = a.padded_in
+    if a.in_vllm and a.in_vllm.plan and field in a.in_vllm.plan.fields:
+        engines = ("vLLM", "SGLang")
+    return "" if not engines or "vLLM" in engines else f" in {' and '.join(engines)}"
 
 
 def _print_verdict(console: Console, verdict: Verdict) -> None:

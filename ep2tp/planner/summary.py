@@ -69,6 +69,10 @@ def _model(question: Question) -> dict[str, Any]:
 
 
 def _plan(question: Question, a: Assessment) -> dict[str, Any]:
+    return _figures(question, a) | {"in_vllm": _figures(question, a.in_vllm) if a.in_vllm else None}
+
+
+def _figures(question: Question, a: Assessment) -> dict[str, Any]:
     w = a.weights
     parts = ("routed", "shared", "dense", "attention", "embeddings", "other", "encoder", "padding")
     return {
@@ -99,6 +103,7 @@ def _plan(question: Question, a: Assessment) -> dict[str, Any]:
         "prefill_ms_by_part": {str(question.prompt): _step(a.prefill)},
         "blockers": list(a.blockers),
         "padded_fields": {field: list(sizes) for field, sizes in (a.plan.fields if a.plan else {}).items()},
+        "padded_in": list(a.padded_in),
         "stock_engines": [vars(behaviour) for behaviour in a.stock],
     }
 
@@ -116,15 +121,23 @@ def _step(step: Step) -> dict[str, float]:
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
-    best = verdict.best
-    sizes = {} if best is None else {key: getattr(best.layout, key) for key in ("plan", "tp", "ep", "dp", "pp")}
     return {
         "plan": None,
-        **sizes,
-        "by_batch": {str(batch): a and str(a.layout) for batch, a in verdict.by_batch.items()},
+        **(_sizes(verdict.best) or {}),
+        "by_batch": _named(verdict.by_batch),
+        "by_batch_in_vllm": _named(verdict.by_batch_in_vllm),
+        "by_engine": {engine: _sizes(best) for engine, best in verdict.by_engine.items()},
         "ep_is_better": verdict.ep_is_better,
         "ep_is_unavoidable": verdict.ep_is_unavoidable,
         "reasons": list(verdict.reasons),
         "commands": {engine: str(launch) for engine, launch in verdict.commands.items()},
         "notes": {engine: launch.note for engine, launch in verdict.commands.items() if launch.note},
     }
+
+
+def _named(by_batch: Mapping[int, Assessment | None]) -> dict[str, str | None]:
+    return {str(batch): str(a.layout) if a else None for batch, a in by_batch.items()}
+
+
+def _sizes(best: Assessment | None) -> dict[str, Any] | None:
+    return None if best is None else {key: getattr(best.layout, key) for key in ("plan", "tp", "ep", "dp", "pp")}
