@@ -45,7 +45,7 @@ def reshard(
         dry_run: check and plan everything, write nothing.
         revision: branch, tag or commit on the hub.
         stream: hold one input file of a hub model at a time on disk (with one worker).
-        config: config.json of a source that has none (DeepSeek's own layout).
+        config: config.json of a source that has none (as in DeepSeek's own layout); refused where it has one.
         report: called as the work goes on.
 
     Returns:

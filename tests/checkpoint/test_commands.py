@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,35 @@ def test_every_difference_is_named(source: str, tmp_path: Path) -> None:
     code, text = run(verify_command, str(out), "--json")
     failed = json.loads(text.splitlines()[0])
     assert code == 1 and failed["status"] == "failed" and "ep2tp.json: cannot be read" in failed["error"]
+
+
+def test_the_config_of_a_source_that_has_none(source: str, tmp_path: Path) -> None:
+    bare, out, config = tmp_path / "bare", tmp_path / "out", str(tmp_path / "config.json")
+    shutil.copytree(source, bare)
+    (bare / "config.json").rename(config)
+    code, text = run(reshard_command, str(bare), str(out), "--tp", "2")
+    assert code == 1 and "has no config.json; name the original's with --config" in text
+    assert run(reshard_command, str(bare), str(out), "--tp", "2", "--config", config)[0] == 0
+    expected = tmp_path / "expected"
+    assert run(reshard_command, source, str(expected), "--tp", "2")[0] == 0
+    assert (out / "config.json").read_bytes() == (expected / "config.json").read_bytes()
+    code, text = run(verify_command, str(out), "--source", str(bare), "--config", config)
+    assert code == 0 and "bit for bit" in text
+    assert run(verify_command, str(out), "--source", str(bare))[0] == 1
+
+
+def test_a_config_beside_the_sources_own_is_refused(source: str, tmp_path: Path) -> None:
+    out, config, other = str(tmp_path / "out"), str(Path(source) / "config.json"), tmp_path / "hostname"
+    code, text = run(reshard_command, source, out, "--tp", "2", "--config", config)
+    assert code == 2 and "has its own; leave --config out" in text and not Path(out).exists()
+    other.write_text("machine\n")
+    code, text = run(reshard_command, source, out, "--tp", "2", "--config", str(other), "--dry-run")
+    assert code == 1 and f"{other}: " in text
+    assert run(reshard_command, source, out, "--tp", "2")[0] == 0
+    code, text = run(verify_command, out, "--source", source, "--config", config)
+    assert code == 2 and "has its own; leave --config out" in text
+    code, text = run(verify_command, out, "--config", config)
+    assert code == 2 and "--source" in text
 
 
 def test_exit_codes(source: str, tmp_path: Path) -> None:
