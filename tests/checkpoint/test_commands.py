@@ -92,6 +92,27 @@ def test_a_config_beside_the_sources_own_is_refused(source: str, tmp_path: Path)
     assert code == 2 and "--source" in text
 
 
+@pytest.mark.parametrize("more", [("--dry-run",), ()])
+def test_heads_that_do_not_divide(tmp_path: Path, more: tuple[str, ...]) -> None:
+    source, out = str(Model("fp8_block_f32", heads=4).write(tmp_path / "source")), str(tmp_path / "out")
+    problem = "4 attention heads and 4 key-value heads do not divide over 6 tensor-parallel ranks"
+    code, text = run(reshard_command, source, out, "--tp", "6", "--layout", "ranks", *more)
+    assert code == 1 and problem in text and "Sizes up to 6 that work: 1, 2, 4;" in text
+    assert not Path(out).exists()
+    code, text = run(reshard_command, source, out, "--tp", "6", *more)
+    assert code == 0 and f"Warning: {problem}" in text and "(DEP) 6 ranks may load it" in text
+    code, text = run(reshard_command, source, out, "--tp", "6", *more, "--json")
+    assert code == 0 and problem in json.loads(text)["warnings"][0]
+    code, text = run(reshard_command, source, str(tmp_path / "even"), "--tp", "2", *more, "--json")
+    assert code == 0 and json.loads(text)["warnings"] == []
+
+
+def test_a_vocabulary_that_does_not_divide(tmp_path: Path) -> None:
+    source, out = str(Model("bf16", size=704).write(tmp_path / "source")), str(tmp_path / "out")
+    code, text = run(reshard_command, source, out, "--tp", "11")
+    assert code == 0 and "420 key-value heads and 26880 vocabulary rows do not divide" in text
+
+
 def test_exit_codes(source: str, tmp_path: Path) -> None:
     code, text = run(reshard_command, str(tmp_path / "nowhere"), str(tmp_path / "out"), "--tp", "2")
     assert code == 1 and "no such folder" in text
