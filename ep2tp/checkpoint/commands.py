@@ -38,7 +38,9 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--revision", help="Branch, tag or commit of a hub model."),
         click.option("--stream", is_flag=True, help="Hold one file of a hub model at a time on disk."),
-        click.option("--config", type=click.Path(exists=True, dir_okay=False), help="config.json of a source without."),
+        click.option(
+            "--config", type=click.Path(exists=True, dir_okay=False), help="config.json for a SOURCE that has none."
+        ),
         click.option("--workers", type=click.IntRange(1), help="Threads (default: CPU cores + 2, at most 8)."),
         click.option("--quiet", is_flag=True, help="Print nothing but errors."),
         click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON object."),

@@ -54,6 +54,7 @@ def summary(result: Result, seconds: float | None) -> dict[str, Any]:
         "written": result.written,
         "resumed": result.resumed,
         "left_out": list(result.conversion.left_out),
+        "warnings": list(result.warnings),
         **({} if seconds is None else _dry(result, seconds)),
     }
 
@@ -63,7 +64,11 @@ def _dry(result: Result, seconds: float) -> dict[str, Any]:
 
 
 def words(result: Result, source: str, destination: str, seconds: float | None) -> str:
-    """The outcome in words."""
+    """The outcome in words, and its warnings."""
+    return "\n".join([_outcome(result, source, destination, seconds), *(f"Warning: {w}." for w in result.warnings)])
+
+
+def _outcome(result: Result, source: str, destination: str, seconds: float | None) -> str:
     conversion = result.conversion
     new, old, ranks = sum(conversion.sizes().values()), conversion.source_bytes, conversion.plan.ranks
     if result.status == "unneeded":

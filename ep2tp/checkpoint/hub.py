@@ -15,7 +15,7 @@ from typing import Any
 from ep2tp.checkpoint.header import Header, header_length, parse_header
 from ep2tp.checkpoint.hub_cache import hub_errors
 from ep2tp.checkpoint.lock import locked
-from ep2tp.checkpoint.reader import INDEX, MAX_TEXT, check_names, read_weight_map
+from ep2tp.checkpoint.reader import INDEX, MAX_TEXT, check_names, read_text, read_weight_map
 from ep2tp.checkpoint.source import FileTensors, is_carried, is_weights, origins_of
 from ep2tp.errors import CheckpointError
 
@@ -32,16 +32,17 @@ class HubSource:
         repo: ``owner/name``.
         revision: branch, tag or commit; resolved to its commit once, so that all files are of one commit.
         beside: the output folder.
+        config: what is read as its config.json, where it has none.
 
     Raises:
         CheckpointError: the hub does not answer, or has no such model or revision, or only in DeepSeek's own layout.
     """
 
-    def __init__(self, repo: str, revision: str | None, beside: Path) -> None:
+    def __init__(self, repo: str, revision: str | None, beside: Path, config: Path | None = None) -> None:
         from huggingface_hub import HfApi
 
         self.repo, self.label = repo, repo
-        self._beside, self._guard = beside, Lock()
+        self._beside, self._guard, self._config = beside, Lock(), config
         try:
             info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         except hub_errors() as error:
@@ -90,6 +91,8 @@ class HubSource:
 
     def read_text(self, name: str) -> bytes | None:
         """See :meth:`ep2tp.checkpoint.source.Source.read_text`."""
+        if name == "config.json" and self._config is not None:
+            return read_text(self._config)
         if name not in self._sizes:
             return None
         if self._sizes[name] > MAX_TEXT:

@@ -68,6 +68,7 @@ class Result:
         resumed: output files that were already there.
         needed: of a dry run: bytes of disk that it would take.
         free: of a dry run: bytes of disk that are free.
+        warnings: what keeps engines from loading it at the tensor-parallel size it is written for.
     """
 
     conversion: Conversion
@@ -76,3 +77,4 @@ class Result:
     resumed: int = 0
     needed: int = 0
     free: int = 0
+    warnings: tuple[str, ...] = ()

@@ -14,9 +14,9 @@ from ep2tp.checkpoint.hub import HubSource
 from ep2tp.checkpoint.hub_cache import download
 from ep2tp.checkpoint.jobs import check_outputs, plan_jobs
 from ep2tp.checkpoint.manifest import MANIFEST
-from ep2tp.checkpoint.reader import INDEX
+from ep2tp.checkpoint.reader import INDEX, read_text
 from ep2tp.checkpoint.source import UNREAD, LocalSource, Source
-from ep2tp.errors import CheckpointError, ModelError
+from ep2tp.errors import CheckpointError, ModelError, SettingError
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import load_families
 from ep2tp.model.locate import MODELOPT, facts_of, with_modelopt
@@ -37,16 +37,30 @@ def open_source(
         config: config.json of a source that has none.
 
     Raises:
-        CheckpointError: it is neither, or the hub does not answer.
+        CheckpointError: it is neither, the hub does not answer, or ``config`` is no config.json.
+        SettingError: ``config`` is given for a source that has its own.
     """
     folder = Path(source)
+    if config is not None:
+        parse_json(config, read_text(config))
     if folder.is_dir():
-        return PartsSource(folder, config) if is_parts(folder) else LocalSource(folder)
+        _refuse_second_config(str(folder), (folder / "config.json").is_file(), config)
+        return PartsSource(folder, config) if is_parts(folder) else LocalSource(folder, config)
     if folder.is_absolute() or str(source).startswith("."):
         return LocalSource(folder)  # says that there is no such folder
     if stream:
-        return HubSource(str(source), revision, beside / STATE)
+        streamed = HubSource(str(source), revision, beside / STATE, config)
+        _refuse_second_config(streamed.label, "config.json" in streamed.sizes, config)
+        return streamed
     return open_source(download(str(source), revision, UNREAD), beside, config=config)
+
+
+def _refuse_second_config(label: str, has_own: bool, config: Path | None) -> None:
+    if has_own and config is not None:
+        raise SettingError(
+            f"--config {config}: is for a source without config.json, and {label} has its own; leave --config out, or "
+            "convert a copy of the source whose config.json you have replaced"
+        )
 
 
 def prepare(source: Source, tp: int, layout: Layout) -> Conversion:
@@ -57,7 +71,9 @@ def prepare(source: Source, tp: int, layout: Layout) -> Conversion:
     """
     text = source.read_text("config.json")
     if text is None:
-        raise CheckpointError(f"{source.label}: has no config.json; name a folder with a Hugging Face checkpoint")
+        raise CheckpointError(
+            f"{source.label}: has no config.json; name the original's with --config, or a folder that has one"
+        )
     config = parse_json(Path(source.label) / "config.json", text)
     described = with_modelopt(config, Path(source.label) / MODELOPT, source.read_text(MODELOPT))
     facts = _facts(described, source.label)

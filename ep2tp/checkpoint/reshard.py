@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from ep2tp.checkpoint.conversion import Layout
 from ep2tp.checkpoint.destination import check_destination, check_names
 from ep2tp.checkpoint.journal import Journal
+from ep2tp.checkpoint.loadable import check_loadable
 from ep2tp.checkpoint.options import Options, Report, Result
 from ep2tp.checkpoint.prepare import open_source, prepare
 from ep2tp.checkpoint.reader import INDEX
@@ -45,14 +47,15 @@ def reshard(
         dry_run: check and plan everything, write nothing.
         revision: branch, tag or commit on the hub.
         stream: hold one input file of a hub model at a time on disk (with one worker).
-        config: config.json of a source that has none (DeepSeek's own layout).
+        config: config.json of a source that has none (as in DeepSeek's own layout); refused where it has one.
         report: called as the work goes on.
 
     Returns:
         What was done. Nothing is written where no tensor needs padding, unless ``link`` is set.
 
     Raises:
-        CheckpointError, ModelError, PatchError: the source cannot be converted, or the destination cannot be used.
+        CheckpointError, ModelError, PatchError: the source cannot be converted (for layout ``ranks`` heads and
+            vocabulary have to divide, too), or the destination cannot be used.
         SettingError: the arguments contradict each other.
 
     Example:
@@ -67,15 +70,16 @@ def reshard(
     try:
         opened = open_source(source, folder, revision, stream, Path(config) if config else None)
         conversion = prepare(opened, tp, layout)
+        warnings = check_loadable(conversion.plan, layout)
         if layout == "padded" and conversion.is_same and not link:
-            return Result(conversion, "unneeded")
+            return Result(conversion, "unneeded", warnings=warnings)
         files = conversion.sizes() | dict(conversion.others) | {"config.json": len(conversion.config)}
         if conversion.index is not None:
             files[INDEX] = len(conversion.index)
         check_destination(source, folder)
         check_names(folder, files)
         run = Run(opened, conversion, Journal(folder, conversion.fingerprint(), files), options, report)
-        return run.plan() if dry_run else run.run()
+        return replace(run.plan() if dry_run else run.run(), warnings=warnings)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or folder}: {error.strerror or error}; what is done so far is kept"

@@ -58,17 +58,19 @@ class LocalSource:
 
     Args:
         folder: the folder.
+        config: what is read as its config.json, where it has none.
 
     Raises:
         CheckpointError: it is no folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Path | None = None) -> None:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder; name a checkpoint folder or a hub model (owner/name)")
         self.folder = folder.resolve()
         self.label = str(folder)
         self.scratch = 0
+        self._config = config
         self._planned: dict[str, tuple[int, int, int]] = {}
 
     def identity(self) -> dict[str, Any]:
@@ -130,6 +132,8 @@ class LocalSource:
             CheckpointError: the file is larger than any such file is, or a link out of the folder.
         """
         path = self.folder / name
+        if name == "config.json" and self._config is not None:
+            return read_text(self._config)
         if not path.is_file():
             return None
         return read_text(self.inside(path))

@@ -29,7 +29,7 @@ from ep2tp.checkpoint.origin import InputFile, open_inputs
 from ep2tp.checkpoint.prepare import open_source, prepare
 from ep2tp.checkpoint.reader import INDEX, read_header
 from ep2tp.checkpoint.source import Source
-from ep2tp.errors import CheckpointError, DifferenceError
+from ep2tp.errors import CheckpointError, DifferenceError, SettingError
 from ep2tp.model.sharding import TensorPlan
 
 
@@ -67,7 +67,10 @@ def verify(
     Raises:
         DifferenceError: something differs, or a file of the folder cannot be read; names every file whose hash differs.
         CheckpointError: the folder is no finished conversion, or the source cannot be read.
+        SettingError: ``config`` is given without a source, or for one that has its own.
     """
+    if config is not None and source is None:
+        raise SettingError(f"--config {config}: is the source's; name the source with --source, too")
     root = Path(folder)
     try:
         with ExitStack() as stack:

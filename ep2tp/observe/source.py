@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import re
 import sys
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import IO, cast
 
 from ep2tp.errors import SourceError
-from ep2tp.observe.evidence import Evidence
+from ep2tp.observe.evidence import Evidence, Reading, Strength
+from ep2tp.observe.gunzip import Gunzip
 
 _PEEK = 1 << 16
 _TRACE = re.compile(
@@ -42,10 +42,13 @@ def _read_stream(source: str) -> Iterator[Evidence]:
     with ExitStack() as stack:
         try:
             raw = sys.stdin.buffer if source == "-" else stack.enter_context(Path(source).open("rb"))
-            stream = _unpacked(cast("io.BufferedReader", raw))
+            stream, packed = _unpacked(cast("io.BufferedReader", raw))
             is_trace = bool(_TRACE.match(stream.peek(_PEEK)[:_PEEK]))
             yield from _read(stream, is_trace, source)
-        except (OSError, EOFError, zlib.error) as error:
+            if packed is not None and packed.is_cut:
+                says = "the compressed file is cut off; what comes before the cut was read"
+                yield Evidence(Reading(says, strength=Strength.NOTE), "(end of the file)")
+        except (OSError, zlib.error) as error:
             raise SourceError(
                 f"{source}: cannot be read ({error.args[-1]}); name a log, a trace, a URL or a pid"
             ) from error
@@ -62,7 +65,9 @@ def _read(stream: io.BufferedReader, is_trace: bool, source: str) -> Iterator[Ev
     yield from read_log(io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="\n"))
 
 
-def _unpacked(raw: io.BufferedReader) -> io.BufferedReader:
+def _unpacked(raw: io.BufferedReader) -> tuple[io.BufferedReader, Gunzip | None]:
+    """A stream of what ``raw`` holds, and what unpacks it where it is gzip."""
     if raw.peek(2)[:2] == b"\x1f\x8b":
-        return io.BufferedReader(cast("io.RawIOBase", gzip.GzipFile(fileobj=raw)), _PEEK)
-    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, _PEEK)
+        packed = Gunzip(raw)
+        return io.BufferedReader(packed, _PEEK), packed
+    return (raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, _PEEK)), None

@@ -14,6 +14,7 @@ from typing import Any
 from ep2tp.model.facts import ModelFacts
 from ep2tp.planner.cache_format import INDEXER_KEY_BYTES, compressed_bytes, latent_bytes, value_bytes
 from ep2tp.planner.layers import layers_of, text_part
+from ep2tp.planner.linear_state import state_bytes, state_heads
 
 _ROPE = 64
 
@@ -32,6 +33,8 @@ class Attention:
         window: tokens of a sliding window.
         selected_cache_bytes: the same, of sparse attention: all tokens are kept, no more than ``selected`` are read.
         selected: tokens of a sequence that sparse attention selects.
+        state_bytes: bytes of state that linear attention keeps of a sequence of any length, over all heads.
+        state_heads: heads of that state, or 0 without linear attention.
         is_estimate: whether the model has parts that this arithmetic does not know.
     """
 
@@ -44,6 +47,8 @@ class Attention:
     window: int = 0
     selected_cache_bytes: float = 0.0
     selected: int = 0
+    state_bytes: float = 0.0
+    state_heads: int = 0
     is_estimate: bool = False
 
     def ranks_of_kv(self, ranks: int) -> int:
@@ -51,13 +56,21 @@ class Attention:
         return 1 if self.kv_heads is None else min(ranks, self.kv_heads)
 
     def cache_of(self, tokens: int) -> float:
-        """Bytes of KV cache that one sequence of ``tokens`` takes in one layer, before slicing."""
+        """Bytes of KV cache that one sequence of ``tokens`` takes in one layer, before slicing; without state."""
         kept = self.cache_bytes + self.selected_cache_bytes
         return tokens * kept + min(tokens, self.window) * self.windowed_cache_bytes
 
     def read_of(self, tokens: int) -> float:
         """Bytes of it that a new token reads; of sparse attention, all keys of the indexer, and what it selects."""
         return self.cache_of(tokens) - max(0, tokens - self.selected) * self.selected_cache_bytes
+
+    def state_on_rank(self, ranks: int) -> float:
+        """Bytes of linear attention's state that one of ``ranks`` ranks keeps of a sequence in one layer."""
+        return self.state_bytes / max(1, min(ranks, self.state_heads))
+
+    def held_on_rank(self, tokens: int, ranks: int) -> float:
+        """Bytes, cache and state, that one of ``ranks`` ranks holds of a sequence of ``tokens`` in one layer."""
+        return self.cache_of(tokens) / self.ranks_of_kv(ranks) + self.state_on_rank(ranks)
 
 
 def attention_of(facts: ModelFacts) -> Attention:
@@ -143,15 +156,18 @@ def _linear_layers(facts: ModelFacts, part: Mapping[str, Any]) -> int:
 
 
 def _delta_net(facts: ModelFacts, part: Mapping[str, Any]) -> Attention:
-    """Linear attention keeps a state of fixed size for a sequence, counted here as no cache per token."""
+    """Linear attention: no cache per token, and a state of fixed size for a sequence."""
+    state, heads_of_state = state_bytes(part), state_heads(part)
     if kda := part.get("linear_attn_config"):
         width = kda["num_heads"] * kda["head_dim"]
         sliced = 4 * facts.hidden * width + 2 * kda["head_dim"] * width + facts.hidden * kda["num_heads"]
-        return Attention(sliced, 0, 2 * facts.hidden * kda["head_dim"], 1, 0)
+        replicated = 2 * facts.hidden * kda["head_dim"]
+        return Attention(sliced, 0, replicated, 1, 0, state_bytes=state, state_heads=heads_of_state)
     keys = part["linear_num_key_heads"] * part["linear_key_head_dim"]
     heads = part["linear_num_value_heads"]
     values = heads * part["linear_value_head_dim"]
-    return Attention(facts.hidden * (2 * keys + 3 * values + 2 * heads), 0, 0, 1, 0)
+    sliced = facts.hidden * (2 * keys + 3 * values + 2 * heads)
+    return Attention(sliced, 0, 0, 1, 0, state_bytes=state, state_heads=heads_of_state)
 
 
 def _mixed(full: Attention, linear: Attention, share: float) -> Attention:
@@ -162,6 +178,8 @@ def _mixed(full: Attention, linear: Attention, share: float) -> Attention:
         replicated=rest * full.replicated + share * linear.replicated,
         kv_heads=full.kv_heads,
         cache_bytes=rest * full.cache_bytes,
+        state_bytes=share * linear.state_bytes,
+        state_heads=linear.state_heads,
     )
 
 

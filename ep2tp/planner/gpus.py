@@ -34,10 +34,13 @@ _TABLE = [  # name, GiB, TB/s, BF16 TFLOPS, FP8 TFLOPS
     ("RTX PRO 6000", 95, 1.792, 503, 1007),
     ("RTX 5090", 31.8, 1.792, 209, 419),
     ("RTX 4090", 23.9, 1.008, 165, 330),
-    ("RTX 6000 Ada", 47.9, 0.960, 182, 364),
+    ("RTX 3090", 23.7, 0.936, 71, 71),
+    ("RTX 6000 Ada", 47.9, 0.960, 364, 728),  # half of the sheet's 1457 TFLOPS, which are FP8 with sparsity
     ("RTX A6000", 47.9, 0.768, 155, 155),
     ("L40S", 44.9, 0.864, 362, 733),
     ("L4", 22.5, 0.300, 121, 242),
+    ("A40", 44.5, 0.696, 149.7, 149.7),
+    ("A10", 22.4, 0.600, 125, 125),
     ("A100 40GB", 39.5, 1.555, 312, 312),
     ("A100 PCIe 40GB", 39.5, 1.555, 312, 312),
     ("A100 80GB PCIe", 79.3, 1.935, 312, 312),
@@ -51,6 +54,10 @@ _TABLE = [  # name, GiB, TB/s, BF16 TFLOPS, FP8 TFLOPS
 ]
 GPUS = [Gpu(name, gib * _GIB, tb * 1e12, bf16, fp8) for name, gib, tb, bf16, fp8 in _TABLE]
 DEFAULT = GPUS[0]
+_NOISE = r"nvidia|geforce|blackwell|sxm\d?|hbm\w*"
+_SAME_CARD = {"edition", "generation", "workstation", "server", "gpu", "tesla", "pcie"}
+_SAME_CARD_OF = {"RTX PRO 6000": {"max", "q"}, "H200": {"nvl"}}
+_BOARD = 1.08  # memory on the board, which names state, over what the driver reports at the least (ECC, reserved)
 
 
 def find_gpu(name: str) -> Gpu:
@@ -65,16 +72,27 @@ def find_gpu(name: str) -> Gpu:
     if found:
         raise SettingError(f"--gpu {name!r} may be {' or '.join(gpu.name for gpu in found)}: write one of them")
     names = ", ".join(gpu.name for gpu in GPUS)
-    raise SettingError(f"--gpu {name!r}: ep2tp knows {names}; for another GPU give --memory GB too")
+    hint = ""
+    if near := _inside(name):
+        other = " ".join(sorted(_other_words(near, name)))
+        hint = (
+            f"{other!r} makes it another card than the {near.name}, whose rates --gpu {near.name!r} --memory GB takes; "
+        )
+    raise SettingError(f"--gpu {name!r}: {hint}ep2tp knows {names}; for another GPU give --memory GB too")
 
 
 def gpus_named(name: str) -> list[Gpu]:
-    """The GPUs that ``name`` may mean. Words count whole, since L40 and GH200 are neither L40S nor H200."""
+    """The GPUs that ``name`` may mean; none where it has a word that makes it a card of its own.
+
+    Words count whole, since L40 and GH200 are neither L40S nor H200. What is not known to mean the same card (Laptop,
+    Ti, D, 3e, a MIG slice, another memory) means another, of which neither memory nor rates are known.
+    """
     if exact := [gpu for gpu in GPUS if _key(gpu.name) == _key(name)]:
         return exact
+    if found := _inside(name):
+        return [] if _other_words(found, name) else [found]
     wanted = _words(name)
-    inside = sorted((gpu for gpu in GPUS if _words(gpu.name) <= wanted), key=lambda gpu: -len(gpu.name))
-    return inside[:1] or [gpu for gpu in GPUS if wanted and wanted <= _words(gpu.name)]
+    return [gpu for gpu in GPUS if wanted and wanted <= _words(gpu.name)]
 
 
 def unknown_gpu(memory_gb: float) -> Gpu:
@@ -84,7 +102,21 @@ def unknown_gpu(memory_gb: float) -> Gpu:
     return Gpu(f"{memory_gb:g} GB GPU", memory_gb, gpu.bandwidth, gpu.tflops, gpu.fp8_tflops, source)
 
 
-_NOISE = r"nvidia|geforce|blackwell|sxm\d?|hbm\w*"
+def _inside(name: str) -> Gpu | None:
+    """The GPU with the longest name of which every word is in ``name``."""
+    wanted = _words(name)
+    return max((gpu for gpu in GPUS if _words(gpu.name) <= wanted), key=lambda gpu: len(gpu.name), default=None)
+
+
+def _other_words(gpu: Gpu, name: str) -> set[str]:
+    """The words of ``name`` that do not fit a GPU."""
+    left = _words(name) - _words(gpu.name) - _SAME_CARD - _SAME_CARD_OF.get(gpu.name, set())
+    return {word for word in left if not _is_memory_of(gpu, word)}
+
+
+def _is_memory_of(gpu: Gpu, word: str) -> bool:
+    named, reported = re.fullmatch(r"(\d+)gb", word), gpu.memory_gb / _GIB
+    return named is not None and reported <= int(named[1]) <= reported * _BOARD
 
 
 def _key(name: str) -> str:
@@ -92,4 +124,5 @@ def _key(name: str) -> str:
 
 
 def _words(name: str) -> set[str]:
-    return {word for word in re.findall(r"[a-z0-9]+", name.lower()) if not re.fullmatch(_NOISE, word)}
+    joined = re.sub(r"(\d)[\s-]*gi?b\b", r"\1gb", name.lower())
+    return {word for word in re.findall(r"[a-z0-9]+", joined) if not re.fullmatch(_NOISE, word)}

@@ -133,10 +133,9 @@ def _vocabulary_share(facts: ModelFacts, layout: Layout) -> float:
 
 
 def cache_per_sequence(facts: ModelFacts, inventory: Inventory, layout: Layout, context: int) -> float:
-    """Bytes of KV cache that a sequence of ``context`` tokens takes on each GPU that holds it (largest stage)."""
+    """Bytes of KV cache and state that a sequence of ``context`` tokens takes on each GPU with it (largest stage)."""
     layers = max(stage_layers(facts.layers, layout.pp))
-    slices = inventory.attention.ranks_of_kv(layout.attention_ranks)
-    return layers * inventory.attention.cache_of(context) / slices
+    return layers * inventory.attention.held_on_rank(context, layout.attention_ranks)
 
 
 def usable_bytes(memory_gb: float) -> float:

@@ -29,7 +29,7 @@ class Step:
         weights: reading the weights that the batch touches (or the arithmetic on them, where that takes longer), as
             if all ranks had equally many experts to do.
         straggler: the further wait for the rank with most experts to do.
-        cache: reading the KV cache.
+        cache: reading the KV cache, and reading and writing the state of linear attention.
         communication: all collectives.
     """
 
@@ -119,8 +119,9 @@ def _stage_step(setting: Setting, stage: Stage, tokens: int, sequences: int, con
     rows = ceil(sequences / setting.layout.dp)  # sequences of the fullest data-parallel rank
     here = rows * tokens // sequences
     rest = _dense_ms(setting, stage, here) + _head_ms(setting, stage, rows)
-    slices = setting.inventory.attention.ranks_of_kv(setting.layout.attention_ranks)
-    cache = here * stage.layers * setting.inventory.attention.read_of(context) / slices
+    attention, ranks = setting.inventory.attention, setting.layout.attention_ranks
+    read = here * attention.read_of(context) / attention.ranks_of_kv(ranks)
+    cache = stage.layers * (read + 2 * rows * attention.state_on_rank(ranks))  # a state is read and written
     return Step(
         weights=mean + rest,
         straggler=busiest - mean,

@@ -288,6 +288,7 @@ class Model:
     files: int = 2
     plain_mtp: bool = False  # the MTP layer in BF16 whatever the rest is
     seed: int = 0
+    heads: int = 420  # divides over every size up to 7, as the vocabulary does
 
     def config(self) -> dict[str, Any]:
         quantization = FORMATS[self.format].quantization
@@ -297,15 +298,15 @@ class Model:
             "hidden_size": HIDDEN,
             "num_hidden_layers": 2,
             "num_nextn_predict_layers": 1,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
             "first_k_dense_replace": 1,
             "n_routed_experts": self.experts,
             "n_shared_experts": self.shared,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": self.size,
             "intermediate_size": self.dense,
-            "vocab_size": 320,
+            "vocab_size": 64 * 420,
             **({"quantization_config": dict(quantization)} if quantization else {}),
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,56 @@ def test_every_difference_is_named(source: str, tmp_path: Path) -> None:
     code, text = run(verify_command, str(out), "--json")
     failed = json.loads(text.splitlines()[0])
     assert code == 1 and failed["status"] == "failed" and "ep2tp.json: cannot be read" in failed["error"]
+
+
+def test_the_config_of_a_source_that_has_none(source: str, tmp_path: Path) -> None:
+    bare, out, config = tmp_path / "bare", tmp_path / "out", str(tmp_path / "config.json")
+    shutil.copytree(source, bare)
+    (bare / "config.json").rename(config)
+    code, text = run(reshard_command, str(bare), str(out), "--tp", "2")
+    assert code == 1 and "has no config.json; name the original's with --config" in text
+    assert run(reshard_command, str(bare), str(out), "--tp", "2", "--config", config)[0] == 0
+    expected = tmp_path / "expected"
+    assert run(reshard_command, source, str(expected), "--tp", "2")[0] == 0
+    assert (out / "config.json").read_bytes() == (expected / "config.json").read_bytes()
+    code, text = run(verify_command, str(out), "--source", str(bare), "--config", config)
+    assert code == 0 and "bit for bit" in text
+    assert run(verify_command, str(out), "--source", str(bare))[0] == 1
+
+
+def test_a_config_beside_the_sources_own_is_refused(source: str, tmp_path: Path) -> None:
+    out, config, other = str(tmp_path / "out"), str(Path(source) / "config.json"), tmp_path / "hostname"
+    code, text = run(reshard_command, source, out, "--tp", "2", "--config", config)
+    assert code == 2 and "has its own; leave --config out" in text and not Path(out).exists()
+    other.write_text("machine\n")
+    code, text = run(reshard_command, source, out, "--tp", "2", "--config", str(other), "--dry-run")
+    assert code == 1 and f"{other}: " in text
+    assert run(reshard_command, source, out, "--tp", "2")[0] == 0
+    code, text = run(verify_command, out, "--source", source, "--config", config)
+    assert code == 2 and "has its own; leave --config out" in text
+    code, text = run(verify_command, out, "--config", config)
+    assert code == 2 and "--source" in text
+
+
+@pytest.mark.parametrize("more", [("--dry-run",), ()])
+def test_heads_that_do_not_divide(tmp_path: Path, more: tuple[str, ...]) -> None:
+    source, out = str(Model("fp8_block_f32", heads=4).write(tmp_path / "source")), str(tmp_path / "out")
+    problem = "4 attention heads and 4 key-value heads do not divide over 6 tensor-parallel ranks"
+    code, text = run(reshard_command, source, out, "--tp", "6", "--layout", "ranks", *more)
+    assert code == 1 and problem in text and "Sizes up to 6 that work: 1, 2, 4;" in text
+    assert not Path(out).exists()
+    code, text = run(reshard_command, source, out, "--tp", "6", *more)
+    assert code == 0 and f"Warning: {problem}" in text and "(DEP) 6 ranks may load it" in text
+    code, text = run(reshard_command, source, out, "--tp", "6", *more, "--json")
+    assert code == 0 and problem in json.loads(text)["warnings"][0]
+    code, text = run(reshard_command, source, str(tmp_path / "even"), "--tp", "2", *more, "--json")
+    assert code == 0 and json.loads(text)["warnings"] == []
+
+
+def test_a_vocabulary_that_does_not_divide(tmp_path: Path) -> None:
+    source, out = str(Model("bf16", size=704).write(tmp_path / "source")), str(tmp_path / "out")
+    code, text = run(reshard_command, source, out, "--tp", "11")
+    assert code == 0 and "420 key-value heads and 26880 vocabulary rows do not divide" in text
 
 
 def test_exit_codes(source: str, tmp_path: Path) -> None:

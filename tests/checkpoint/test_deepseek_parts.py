@@ -108,9 +108,9 @@ def test_parts_are_padded_as_the_published_checkpoint_is(tmp_path: Path) -> None
     save(tmp_path / "published" / "model.safetensors", tensors)
     (tmp_path / "published" / "config.json").write_text(json.dumps(MODEL.config()))
     for layout, folder in (("padded", "."), ("ranks", "rank-1-of-3"), ("ranks", "shared")):
-        for name in ("parts", "published"):
+        for name, config in (("parts", tmp_path / "config.json"), ("published", None)):
             out = tmp_path / f"{layout}-{name}"
-            reshard(tmp_path / name, out, tp=3, layout=layout, config=tmp_path / "config.json")  # type: ignore[arg-type]
+            reshard(tmp_path / name, out, tp=3, layout=layout, config=config)  # type: ignore[arg-type]
         a, b = load(tmp_path / f"{layout}-parts" / folder), load(tmp_path / f"{layout}-published" / folder)
         assert a.keys() == b.keys() and all(same_bits(a[name], b[name]) for name in a)
 

@@ -18,12 +18,12 @@ HIDDEN, SIZE, EXPERTS = 64, 96, 3
 COMMON = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 28,
     "num_local_experts": EXPERTS,
     "num_experts": EXPERTS,
     "num_experts_per_tok": 1,
-    "vocab_size": 64,
+    "vocab_size": 448,
 }
 RNG = np.random.default_rng(0)
 

@@ -235,6 +235,18 @@ def test_deepseek_parts(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["stream", "cache"])
+def test_the_config_of_a_hub_model(hub: tuple[str, type[Hub]], tmp_path: Path, way: str) -> None:
+    served = hub[1].folder
+    shutil.copy(served / "model" / "config.json", tmp_path)
+    done = convert(hub, tmp_path, way, "lab/model")
+    assert done.returncode == 1 and "has its own; leave --config out" in done.stderr
+    shutil.copytree(served / "model", served / f"bare_{way}", ignore=shutil.ignore_patterns("config.json"))
+    done = convert(hub, tmp_path, way, f"lab/bare_{way}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    verify(tmp_path / "out", served / "model")
+
+
+@pytest.mark.parametrize("way", ["stream", "cache"])
 def test_no_hub(hub: tuple[str, type[Hub]], tmp_path: Path, way: str) -> None:
     nobody = ("http://127.0.0.1:9", hub[1])  # the discard port
     done = convert(nobody, tmp_path, way, "lab/model")

@@ -37,7 +37,7 @@ def sparse_checkpoint(folder: Path, layers: int, experts: int, size: int, hidden
         "model_type": "kimi_k2",
         "hidden_size": hidden,
         "num_hidden_layers": layers,
-        "num_attention_heads": 4,
+        "num_attention_heads": 16,
         "n_routed_experts": experts,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": size,
