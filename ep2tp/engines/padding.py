@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ep2tp.checkpoint.reader import check_folder
 from ep2tp.errors import ModelError, PatchError
 from ep2tp.model.facts import ModelFacts, is_moe, read_facts
-from ep2tp.model.families import ClassName, find_family, load_families
+from ep2tp.model.families import find_family, load_families
 from ep2tp.model.locate import facts_of
 from ep2tp.model.sharding import ShardPlan, plan_shards
 from ep2tp.settings import Settings
@@ -36,13 +36,6 @@ def facts_of_launch(config: Mapping[str, Any], model: str, settings: Settings, i
         if is_rewritten:
             raise
         return None
-
-
-def exact_in_engine(facts: ModelFacts, ranks: int, engine: Literal["vllm", "sglang"]) -> dict[ClassName, str]:
-    """Classes that do not divide into whole blocks but that the engine slices exactly by the patch, and how."""
-    known = facts.family.exact_in.get(engine, {})
-    uneven = [c for c in facts.classes if c.size % (ranks * c.block) and c.size % ranks == 0]
-    return {c.name: known[c.name] for c in uneven if c.name in known}
 
 
 def refuse_unchecked(plan: ShardPlan) -> None:

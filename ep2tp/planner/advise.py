@@ -216,8 +216,8 @@ def _padding(question: Question, best: Assessment) -> list[str]:
         for c in slices_below_block(question.facts, best.layout)
         if c.name not in exact
     ]
-    if nccl_settings(question.link)[2]:
-        found.append(f"NCCL: {nccl_settings(question.link)[2]}.")
+    if why := nccl_settings(question.link, question.gpus)[2]:
+        found.append(f"NCCL: {why}.")
     return found
 
 

@@ -11,6 +11,7 @@ from ep2tp.model.sharding import ShardPlan
 from ep2tp.planner import communication as comm
 from ep2tp.planner.communication import Collective
 from ep2tp.planner.divisibility import ENGINES, Behaviour, blockers, stock_behaviour
+from ep2tp.planner.engine_models import lacking
 from ep2tp.planner.engine_plans import engines_padded, has_other_sizes, plan_in_vllm
 from ep2tp.planner.gpus import Gpu
 from ep2tp.planner.inventory import Inventory
@@ -65,6 +66,7 @@ class Assessment:
         padded_in: the engines in which ep2tp pads it, such as ``SGLang`` and ``vLLM before 0.32``.
         in_vllm: the same plan as vLLM 0.32 and later run it, where they hold less since nothing is padded.
         engine: the engine that this is true for, where there are two (SGLang's is that of vLLM before 0.32, too).
+        lacking: what an engine's code for this model lacks that the plan needs.
     """
 
     layout: Layout
@@ -82,6 +84,7 @@ class Assessment:
     padded_in: tuple[str, ...] = ()
     in_vllm: Assessment | None = None
     engine: str = ""
+    lacking: tuple[Behaviour, ...] = ()
 
     @property
     def name(self) -> str:
@@ -121,8 +124,9 @@ class Assessment:
 
         ep2tp pads only launches that slice every expert, so what a plan with whole experts meets is the stock engine.
         """
-        if not self.layout.holds_whole_experts:
-            return None
+        lacking = next((found for found in self.lacking if found.engine == engine), None)
+        if lacking is not None or not self.layout.holds_whole_experts:
+            return lacking
         return next((found for found in self.stock if found.engine == engine and found.outcome != "runs"), None)
 
     def holds(self, batch: int) -> bool:
@@ -172,6 +176,7 @@ def _assess(question: Question, layout: Layout, plan: ShardPlan | None, problems
         plan=plan,
         blockers=tuple(problems),
         stock=tuple(stock_behaviour(facts, layout)),
+        lacking=tuple(lacking(facts, layout)),
         weights=weights,
         cache=cache,
         sequences=_sequences(usable_bytes(question.gpu.memory_gb) - weights.total, cache, layout),

@@ -6,7 +6,7 @@ them what it pads for SGLang.
 
 from __future__ import annotations
 
-from ep2tp.engines.padding import exact_in_engine
+from ep2tp.model.exact import exact_in_engine
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import ClassName
 from ep2tp.model.sharding import ShardPlan, plan_shards

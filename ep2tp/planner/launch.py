@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ep2tp.errors import ModelError
+from ep2tp.model.encoder import uneven_encoder_heads
 from ep2tp.model.families import config_parts
 from ep2tp.planner.compare import Assessment, Question
 from ep2tp.planner.divisibility import Behaviour
@@ -37,8 +38,13 @@ class Launch:
         return " ".join([*variables, shlex.join(self.command)])
 
 
-def nccl_settings(link: Link) -> tuple[dict[str, str], list[str], str]:
-    """(variables, vLLM's and SGLang's common flag, why) that suit a link: those of its profile, or of its kind."""
+def nccl_settings(link: Link, gpus: int) -> tuple[dict[str, str], list[str], str]:
+    """(variables, vLLM's and SGLang's common flag, why) that suit a link: those of its profile, or of its kind.
+
+    Empty for one GPU, which exchanges nothing.
+    """
+    if gpus == 1:
+        return {}, [], ""
     no_custom = ["--disable-custom-all-reduce"]
     if link.environment is not None:
         measured = dict(link.environment)
@@ -71,7 +77,7 @@ def launches(question: Question, assessed: Assessment) -> dict[str, Launch]:
 
 def _vllm(question: Question, assessed: Assessment) -> Launch:
     layout, model = assessed.layout, _servable(question.facts.source)
-    variables, flags, note = nccl_settings(question.link)
+    variables, flags, note = nccl_settings(question.link, question.gpus)
     if layout.plan == "TPxEP":
         return Launch({}, (), "vLLM cannot slice experts and spread them too; SGLang can")
     if why := refusal(question, assessed, "vLLM"):
@@ -83,13 +89,16 @@ def _vllm(question: Question, assessed: Assessment) -> Launch:
         "TPxPP": ["--tensor-parallel-size", str(layout.tp), "--pipeline-parallel-size", str(layout.pp)],
     }[layout.plan]
     context = ["--max-model-len", str(min(question.context, longest_context(question)))]
-    command = ("vllm", "serve", model, *_revision(question), *sizes, *context, *flags)
+    # vLLM slices an image encoder by heads, too, and stops where they do not divide.
+    is_uneven = uneven_encoder_heads(question.facts.config, layout.attention_ranks) is not None
+    encoder = ["--mm-encoder-tp-mode", "data"] if is_uneven else []
+    command = ("vllm", "serve", model, *_revision(question), *sizes, *context, *encoder, *flags)
     return Launch(_mode(assessed) | variables, command, _note(assessed, note))
 
 
 def _sglang(question: Question, assessed: Assessment) -> Launch:
     layout, model = assessed.layout, _servable(question.facts.source)
-    variables, flags, note = nccl_settings(question.link)
+    variables, flags, note = nccl_settings(question.link, question.gpus)
     if why := refusal(question, assessed, "SGLang"):
         return Launch({}, (), why)
     ranks = str(layout.stage_ranks)
@@ -108,7 +117,7 @@ def _sglang(question: Question, assessed: Assessment) -> Launch:
 
 
 def refusal(question: Question, assessed: Assessment, engine: str) -> str:
-    """Why an engine does not run a plan with whole experts, and what can be done; empty where it runs it."""
+    """Why an engine does not run a plan, and what can be done; empty where it runs it."""
     found = assessed.obstacle(engine)
     if found is None:
         return ""
@@ -121,7 +130,7 @@ def refusal(question: Question, assessed: Assessment, engine: str) -> str:
 def _remedy(question: Question, assessed: Assessment, found: Behaviour) -> str:
     """A padded checkpoint, with what its routed experts then weigh: reshard pads every class of weights."""
     ranks = assessed.layout.stage_ranks
-    if found.what.startswith("experts"):
+    if found in assessed.lacking or found.what.startswith("experts"):
         return ""
     try:
         plan = shard_plan(question.facts, Layout("TP", tp=ranks))

@@ -153,3 +153,38 @@ def test_sglang_slices_dense_and_shared_weights_under_data_parallel_attention() 
     found = launches(question, plans["DEP 8"])
     assert found["vllm"].command
     assert "refuses shared (1536 over 8)" in found["sglang"].note
+
+
+@pytest.mark.parametrize(("name", "form"), [("Qwen3-Next-80B", "fp8_block128"), ("ERNIE-4.5-21B-A3B", "bf16")])
+def test_no_pipeline_stages_in_an_engine_whose_code_for_the_model_knows_none(name: str, form: str) -> None:
+    question, found = assessed(name, form, 6, "RTX PRO 6000")
+    for plan in (a for a in found.values() if a.layout.plan == "TPxPP"):
+        both = launches(question, plan)
+        assert both["vllm"].command
+        assert not both["sglang"].command
+        assert both["sglang"].note == (
+            "SGLang 0.5.23 refuses pipeline stages: Pipeline Parallel is not compatible with this model"
+        )
+
+
+def test_ernie_has_no_data_parallel_attention_in_sglang() -> None:
+    question, found = assessed("ERNIE-4.5-21B-A3B", "bf16", 2, "RTX PRO 6000")
+    both = launches(question, found["DEP 2"])
+    assert not both["sglang"].command
+    assert both["vllm"].command
+
+
+def test_one_gpu_exchanges_nothing() -> None:
+    question, found = assessed("Qwen3-30B-A3B", "bf16", 1, "RTX PRO 6000")
+    for launch in launches(question, found["TP 1"]).values():
+        assert not [name for name in launch.environment if name.startswith("NCCL")]
+        assert "--disable-custom-all-reduce" not in launch.command
+
+
+@pytest.mark.parametrize(("gpus", "is_given"), [(4, False), (8, True)])
+def test_an_image_encoder_that_vllm_cannot_slice_encodes_whole_images(gpus: int, is_given: bool) -> None:
+    question, found = assessed("GLM-4.5-Air", "bf16", gpus, "RTX PRO 6000")
+    config = {**question.facts.config, "vision_config": {"num_heads": 12}}
+    asked = replace(question, facts=replace(question.facts, config=config))
+    command = launches(asked, found[f"TP {gpus}"])["vllm"].command
+    assert ("--mm-encoder-tp-mode" in command) is is_given

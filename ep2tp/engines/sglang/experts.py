@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ep2tp.engines.padding import exact_in_engine
 from ep2tp.errors import LaunchError, ModelError, SeamError
+from ep2tp.model.exact import exact_in_engine
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import ClassName
 

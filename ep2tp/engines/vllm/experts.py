@@ -6,9 +6,9 @@ import importlib
 from math import gcd
 from typing import Any
 
-from ep2tp.engines.padding import exact_in_engine
 from ep2tp.errors import SeamError
 from ep2tp.layout.split import refine
+from ep2tp.model.exact import exact_in_engine
 from ep2tp.model.facts import ModelFacts, TensorClass
 from ep2tp.model.families import ClassName
 
