@@ -300,6 +300,7 @@ class Model:
             "num_nextn_predict_layers": 1,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.heads,
+            "head_dim": 64,  # else it is hidden_size // heads, which is 0
             "first_k_dense_replace": 1,
             "n_routed_experts": self.experts,
             "n_shared_experts": self.shared,
