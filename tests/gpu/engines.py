@@ -8,13 +8,13 @@ import re
 import sys
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from case_queue import CaseQueue
 
 from ep2tp.demo.launch import run_logged
 
@@ -76,21 +76,20 @@ class Run:
 
 
 class Engines:
-    """Starts the cases in order, some at a time, and waits for one only when its run is asked for."""
+    """Starts the cases some at a time, from the first on that is asked for."""
 
     def __init__(self, cases: list[Case], checkpoints: Mapping[str, Path], logs: Path, gpus: int) -> None:
         self._logs, self._checkpoints, self._gpus = logs, checkpoints, gpus
         self._deadline = time.monotonic() + SECONDS
-        self._pool = ThreadPoolExecutor(JOBS)
-        self._runs: dict[str, Future[Run]] = {case.name: self._pool.submit(self._run, case) for case in cases}
+        self._queue = CaseQueue({case.name: case for case in cases}, self._run, JOBS)
 
     def __getitem__(self, name: str) -> Run:
         """The finished run of a case."""
-        return self._runs[name].result()
+        return self._queue[name]
 
     def close(self) -> None:
         """Start no further case; those that run come to their end."""
-        self._pool.shutdown(cancel_futures=True)
+        self._queue.close()
 
     def _run(self, case: Case) -> Run:
         run = self._attempt(case, 1, {})

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from case_queue import CaseQueue
 
 from ep2tp.demo.launch import run_logged
 
@@ -66,30 +66,31 @@ class Run:
 
 
 class Engines:
-    """Starts the cases that fit this machine in order, the first one alone, and then some at a time."""
+    """Starts the cases that fit this machine: the first one alone, then some at a time."""
 
     def __init__(self, cases: list[Case], folder: Path, logs: Path, first_port: int) -> None:
         self._folder, self._logs, self._gpus = folder, logs, torch.cuda.device_count()
-        ports = {case.name: first_port + _PORTS_APART * i for i, case in enumerate(cases)}
+        self._ports = {case.name: first_port + _PORTS_APART * i for i, case in enumerate(cases)}
         first, *rest = [case for case in cases if case.ranks <= self._gpus]
-        self._runs: dict[str, Future[Run]] = {first.name: Future()}
-        self._runs[first.name].set_result(self._run(first, ports[first.name]))  # builds the kernels
-        self._pool = ThreadPoolExecutor(JOBS)
-        self._runs |= {case.name: self._pool.submit(self._run, case, ports[case.name]) for case in rest}
+        self._first = self._run(first)  # builds the kernels
+        self._queue = CaseQueue({case.name: case for case in rest}, self._run, JOBS)
+        self._names = {case.name for case in rest}
 
     def __getitem__(self, name: str) -> Run:
         """The finished run of a case; skips the test where it needs more GPUs."""
-        if name not in self._runs:
+        if name == self._first.name:
+            return self._first
+        if name not in self._names:
             pytest.skip("needs two GPUs")
-        return self._runs[name].result()
+        return self._queue[name]
 
     def close(self) -> None:
         """Start no further case; those that run come to their end."""
-        self._pool.shutdown(cancel_futures=True)
+        self._queue.close()
 
-    def _run(self, case: Case, port: int) -> Run:
+    def _run(self, case: Case) -> Run:
         result, log = self._logs / f"{case.name}.json", self._logs / f"{case.name}.log"
-        place = {"base_gpu_id": min(case.gpu, self._gpus - 1), "port": port}
+        place = {"base_gpu_id": min(case.gpu, self._gpus - 1), "port": self._ports[case.name]}
         command = [sys.executable, str(HERE / "sglang_generate.py"), str(self._folder / case.checkpoint), str(result)]
         command += ["--engine", json.dumps({**case.arguments, **place, "dtype": "bfloat16"})]
         settings = {"EP2TP": case.ep2tp, "EP2TP_KERNEL": case.kernel, "PYTHONUNBUFFERED": "1"}
