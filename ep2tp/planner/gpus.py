@@ -34,7 +34,7 @@ _TABLE = [  # name, GiB, TB/s, BF16 TFLOPS, FP8 TFLOPS
     ("RTX PRO 6000", 95, 1.792, 503, 1007),
     ("RTX 5090", 31.8, 1.792, 209, 419),
     ("RTX 4090", 23.9, 1.008, 165, 330),
-    ("RTX 3090", 23.7, 0.936, 71, 71),
+    ("RTX 3090", 23.7, 0.936, 71, 71),  # memory of this one, A40 and A10: estimated from cards alike
     ("RTX 6000 Ada", 47.9, 0.960, 364, 728),  # half of the sheet's 1457 TFLOPS, which are FP8 with sparsity
     ("RTX A6000", 47.9, 0.768, 155, 155),
     ("L40S", 44.9, 0.864, 362, 733),
