@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import gcd
 from typing import Literal
 
-from ep2tp.layout.split import refine
+from ep2tp.model.exact import FINEST_REFINED, refined_block
 from ep2tp.model.facts import ModelFacts, TensorClass
 from ep2tp.model.families import ClassName
 from ep2tp.planner.layouts import Layout
@@ -18,7 +17,6 @@ from ep2tp.rewrite.parallel_plan import Limits
 
 ENGINES = ("vLLM", "SGLang")
 Outcome = Literal["runs", "refuses", "wrong in silence"]
-_FINEST_REFINED = 32
 _FP8 = "model_executor/layers/quantization/fp8.py"
 _UTILS = "model_executor/layers/quantization/utils/fp8_utils.py"
 _LINEAR = "distributed/utils.py: ensure_divisibility"
@@ -93,20 +91,6 @@ def slices_below_block(facts: ModelFacts, layout: Layout) -> list[TensorClass]:
         for c in facts.classes
         if c.is_known and c.size < (layout.slices if c.name == "routed" else layout.attention_ranks) * c.block
     ]
-
-
-def refined_block(facts: ModelFacts, ranks: int) -> int | None:
-    """The block to which vLLM 0.32 and 0.33 refine the scales of routed experts that do not divide, or None.
-
-    The rule of :mod:`ep2tp.engines.vllm.experts`, for an engine that is not installed here.
-    """
-    routed = facts.tensor_class("routed")
-    if routed is None or routed.size % (ranks * routed.block) == 0:
-        return None
-    if facts.quantization.method != "fp8" or routed.format_names != f"fp8_block{routed.block}":
-        return None
-    block = refine(routed.size, gcd(routed.block, facts.expert_hidden), ranks)
-    return block if block is not None and block >= _FINEST_REFINED else None
 
 
 def _behaviour(facts: ModelFacts, c: TensorClass, ranks: int) -> Iterator[Behaviour]:
@@ -187,7 +171,7 @@ def _mxfp4(facts: ModelFacts, what: str) -> Iterator[Behaviour]:
 def _awq_or_gptq(c: TensorClass, ranks: int, what: str) -> Behaviour:
     """vLLM's MoeWNA16 halves the group until slices are whole groups, down to 32."""
     group = c.block
-    while (c.size // ranks) % group and group > _FINEST_REFINED:
+    while (c.size // ranks) % group and group > FINEST_REFINED:
         group //= 2
     source = "model_executor/layers/quantization/moe_wna16.py"
     if (c.size // ranks) % group == 0:

@@ -6,11 +6,10 @@ them what it pads for SGLang.
 
 from __future__ import annotations
 
-from ep2tp.model.exact import exact_in_engine
+from ep2tp.model.exact import exact_in_engine, refined_block
 from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import ClassName
 from ep2tp.model.sharding import ShardPlan, plan_shards
-from ep2tp.planner.divisibility import refined_block
 from ep2tp.planner.layouts import Layout
 
 OLDER_VLLM = "vLLM before 0.32"

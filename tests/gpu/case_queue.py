@@ -25,6 +25,10 @@ class CaseQueue(Generic[Case, Run]):
         self._runs: dict[str, Future[Run]] = {name: Future() for name in cases}
         self._pool, self._is_started = ThreadPoolExecutor(jobs), False
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is such a case."""
+        return name in self._runs
+
     def __getitem__(self, name: str) -> Run:
         """The finished run of a case."""
         with self._guard:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from math import gcd
 from typing import Any
 
 from ep2tp.errors import SeamError
-from ep2tp.layout.split import refine
-from ep2tp.model.exact import exact_in_engine
-from ep2tp.model.facts import ModelFacts, TensorClass
+from ep2tp.model.exact import exact_in_engine, refined_block
+from ep2tp.model.facts import ModelFacts
 from ep2tp.model.families import ClassName
 
 _FP8_ORACLE = "vllm.model_executor.layers.fused_moe.oracle.fp8"
-_FINEST_BLOCK = 32  # the finest block that vLLM's refinement accepts
 
 
 def left_to_engine(facts: ModelFacts, ranks: int, moe_backend: str) -> dict[ClassName, str]:
@@ -27,21 +24,10 @@ def left_to_engine(facts: ModelFacts, ranks: int, moe_backend: str) -> dict[Clas
     if ranks == 1:
         return {}
     handled = exact_in_engine(facts, ranks, "vllm")
-    routed = facts.tensor_class("routed")
-    is_uneven = routed is not None and routed.size % (ranks * routed.block) != 0
-    if routed and is_uneven and moe_backend in ("auto", "triton") and (block := _refined_block(facts, routed, ranks)):
+    block = refined_block(facts, ranks) if moe_backend in ("auto", "triton") else None
+    if block and hasattr(importlib.import_module(_FP8_ORACLE), "refine_fp8_moe_block_shape"):
         handled["routed"] = f"vLLM repeats the scales on a {block}x{block} grid (exact, Triton kernels)"
     return handled
-
-
-def _refined_block(facts: ModelFacts, routed: TensorClass, ranks: int) -> int | None:
-    """The block to which ``Fp8MoEMethod`` of the installed vLLM (0.32 and later) refines this shape, or None."""
-    if facts.quantization.method != "fp8" or routed.format_names != f"fp8_block{routed.block}":
-        return None
-    if not hasattr(importlib.import_module(_FP8_ORACLE), "refine_fp8_moe_block_shape"):
-        return None
-    block = refine(routed.size, gcd(routed.block, facts.expert_hidden), ranks)
-    return block if block is not None and block >= _FINEST_BLOCK else None
 
 
 def audit(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 from ep2tp.engines import seams as engine_seams
@@ -33,7 +34,7 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
         values=vllm_arguments.given_values(arguments, EngineArgs),
         model=str(arguments.model),
         gpus=processes * _gpus(arguments),
-        read_config=lambda: read_model_config(arguments),
+        read_config=cache(lambda: read_model_config(arguments)),  # the hub is asked each time
         seam_problem=seam_problem,
         devices=tuple(getattr(arguments, "device_ids", None) or ()),
         is_one_process_of_many=processes > 1,
@@ -44,7 +45,7 @@ def rewrite(arguments: Any, settings: Settings) -> tuple[Decision, list[Change]]
     if processes > 1:
         raise vllm_arguments.process_per_rank(f"{vllm_arguments.PROCESS_PER_RANK}={processes}")
     mode, ranks = getattr(arguments, "mm_encoder_tp_mode", None), launch.rules.gpus(launch.values)
-    changes += vllm_arguments.encoder_changes(mode, read_model_config(arguments), ranks)
+    changes += vllm_arguments.encoder_changes(mode, launch.read_config(), ranks)
     changes += vllm_arguments.draft_changes(getattr(arguments, vllm_arguments.DRAFT, None), changes)
     vllm_arguments.apply(changes, arguments, EngineArgs)
     guard.arm()
